@@ -1,0 +1,205 @@
+"""What vLLM asks before it runs anything: capabilities, page specs, and whether the configuration can be honoured."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from vllm.logger import init_logger
+from vllm.v1.attention.backend import AttentionBackend, AttentionType, MultipleOf
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheLayout
+
+from vllm_kivi.format import HEAD_DIMS, PRESETS, KVFormat
+from vllm_kivi.options import KiviOptions
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.attention.selector import AttentionSelectorConfig
+
+    from vllm_kivi.backend.cache import FullPrecisionSpec
+    from vllm_kivi.backend.impl import KiviImpl
+    from vllm_kivi.backend.metadata import KiviMetadataBuilder
+
+# Under vLLM's own logger, so that its level and handlers apply.
+logger = init_logger("vllm.kivi")
+
+NAME = "KIVI"
+# What vLLM stores in a spec for our cache dtypes: pages are bytes, whatever the model's dtype.
+PAGE_DTYPE = torch.uint8
+
+
+class KiviAttentionBackend(AttentionBackend):
+    """One class for all layers; `bind` makes the subclass that knows a layer's byte map."""
+
+    kv_format: ClassVar[KVFormat | None] = None
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+    supported_kv_cache_dtypes: ClassVar[list[str]] = list(PRESETS)  # type: ignore[assignment]
+
+    @classmethod
+    def bind(cls, kv_format: KVFormat) -> type[KiviAttentionBackend]:
+        return _bind(kv_format)
+
+    @staticmethod
+    def get_name() -> str:
+        return NAME
+
+    @staticmethod
+    def get_impl_cls() -> type[KiviImpl]:
+        from vllm_kivi.backend.impl import KiviImpl
+
+        return KiviImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[KiviMetadataBuilder]:
+        from vllm_kivi.backend.metadata import KiviMetadataBuilder
+
+        return KiviMetadataBuilder
+
+    @classmethod
+    def get_supported_head_sizes(cls) -> list[int]:
+        return list(HEAD_DIMS)
+
+    @classmethod
+    def get_supported_kernel_block_sizes(cls, kv_cache_spec: Any = None) -> list[int | MultipleOf]:  # type: ignore[override]
+        if kv_cache_spec is not None:
+            return [MultipleOf(kv_cache_spec.block_size)]
+        return [MultipleOf(cls.kv_format.group_size if cls.kv_format else 1)]
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        # A head's tiles must be contiguous; block and head strides are free.
+        return (KVCacheLayout.LBHNC, KVCacheLayout.BLHNC)
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        """Turn an attention layer's spec into that of its quantized pages."""
+        fmt = cls.kv_format
+        if fmt is None or type(spec) is not FullAttentionSpec or spec.dtype != PAGE_DTYPE:
+            return spec
+        padded = fmt.padded_page_bytes if fmt.padded_page_bytes > fmt.page_bytes else None
+        return replace(
+            spec, block_size=fmt.page_tokens, state_content_bytes=fmt.token_bytes, page_size_padded=padded
+        )
+
+
+@functools.cache
+def _bind(kv_format: KVFormat) -> type[KiviAttentionBackend]:
+    # vLLM groups layers by the class's name: it stays the same.
+    names = {"__module__": KiviAttentionBackend.__module__, "__qualname__": KiviAttentionBackend.__qualname__}
+    return type(KiviAttentionBackend.__name__, (KiviAttentionBackend,), {"kv_format": kv_format, **names})
+
+
+def layer_format(vllm_config: VllmConfig, preset: str, head_dim: int, num_kv_heads: int) -> KVFormat:
+    """The byte map of a layer in this engine."""
+    options = KiviOptions.from_additional_config(vllm_config.additional_config)
+    dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
+    block_size = vllm_config.cache_config.block_size
+    own = options.format(preset, head_dim, num_kv_heads, dtype, page_tokens=block_size)
+    if not vllm_config.cache_config.kv_cache_dtype_skip_layers:
+        return own
+    # Layers left in full precision share the pool, and vLLM makes all pages equal: fill their page with our tokens.
+    page_bytes = block_size * num_kv_heads * own.full_token_bytes
+    page_tokens = block_size * own.full_token_bytes // own.token_bytes // options.group_size * options.group_size
+    return options.format(
+        preset, head_dim, num_kv_heads, dtype, page_tokens=page_tokens, padded_page_bytes=page_bytes
+    )
+
+
+def full_precision_spec(vllm_config: VllmConfig, fmt: KVFormat) -> FullPrecisionSpec:
+    """The spec of the pages that hold the sinks and the window of a layer with this byte map."""
+    from vllm_kivi.backend.cache import FullPrecisionSpec
+
+    return FullPrecisionSpec(
+        block_size=fmt.full_page_tokens,
+        num_kv_heads=fmt.num_kv_heads,
+        head_size=fmt.head_dim,
+        dtype=PAGE_DTYPE,
+        state_content_bytes=fmt.full_token_bytes,
+        page_size_padded=fmt.padded_page_bytes,
+        sliding_window=fmt.residual_length + fmt.group_size,
+        group_size=fmt.group_size,
+        residual_length=fmt.residual_length,
+        sink_tokens=fmt.sink_tokens,
+        quantized_page_tokens=fmt.page_tokens,
+        num_speculative_tokens=vllm_config.num_speculative_tokens,
+        max_model_len=vllm_config.model_config.max_model_len,
+    )
+
+
+def select(config: AttentionSelectorConfig) -> str:
+    """Class path of the backend for a layer with one of our cache dtypes.
+
+    Raises:
+        ValueError: the layer cannot be quantized; says why and what to do.
+    """
+    dtype = config.kv_cache_dtype
+    skip = "leave the layer unquantized with --kv-cache-dtype-skip-layers, or use --kv-cache-dtype auto or fp8"
+    if config.use_mla or config.use_sparse:
+        raise ValueError(f"kivi: --kv-cache-dtype {dtype} does not support MLA or sparse attention; use auto or fp8")
+    if config.attn_type != AttentionType.DECODER:
+        raise ValueError(f"kivi: --kv-cache-dtype {dtype} supports decoder self-attention, not {config.attn_type}")
+    if config.head_size not in HEAD_DIMS:
+        accepted = ", ".join(map(str, HEAD_DIMS))
+        raise ValueError(
+            f"kivi: --kv-cache-dtype {dtype} does not support head size {config.head_size}; accepted: {accepted}; {skip}"
+        )
+    if config.has_sliding_window:
+        raise ValueError(
+            f"kivi: --kv-cache-dtype {dtype} does not quantize sliding-window layers; "
+            "add --kv-cache-dtype-skip-layers sliding_window"
+        )
+    if config.has_sink:
+        raise ValueError(f"kivi: --kv-cache-dtype {dtype} does not support learned attention sinks; {skip}")
+    if config.use_mm_prefix or config.use_non_causal:
+        raise ValueError(f"kivi: --kv-cache-dtype {dtype} supports causal attention only; {skip}")
+    return f"{KiviAttentionBackend.__module__}.{KiviAttentionBackend.__qualname__}"
+
+
+def check_config(vllm_config: VllmConfig) -> None:
+    """Refuse at start what cannot be honoured, and choose the block size.
+
+    Raises:
+        ValueError: names the option and what is accepted.
+    """
+    cache_config = vllm_config.cache_config
+    model_config = vllm_config.model_config
+    dtype = cache_config.cache_dtype
+    options = KiviOptions.from_additional_config(vllm_config.additional_config)
+    if dtype not in PRESETS:
+        return
+    flag = f"kivi: --kv-cache-dtype {dtype}"
+    if model_config is None:
+        return
+    if model_config.use_mla:
+        raise ValueError(f"{flag} does not support MLA models; use --kv-cache-dtype auto or fp8")
+    if model_config.is_encoder_decoder:
+        raise ValueError(f"{flag} does not support encoder-decoder models; use --kv-cache-dtype auto")
+    head_size = model_config.get_head_size()
+    if head_size not in HEAD_DIMS:
+        accepted = ", ".join(map(str, HEAD_DIMS))
+        raise ValueError(f"{flag} does not support head size {head_size}; accepted: {accepted}; use auto or fp8")
+    if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+        raise ValueError(f"{flag} needs vLLM's hybrid KV cache manager; remove --disable-hybrid-kv-cache-manager")
+    parallel = vllm_config.parallel_config
+    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
+        raise ValueError(f"{flag} does not support context parallelism; set both context-parallel sizes to 1")
+    if not cache_config.user_specified_block_size:
+        cache_config.block_size = options.group_size
+    # Checks the block size, the group size and the dtype.
+    options.format(
+        dtype,
+        head_size,
+        model_config.get_num_kv_heads(parallel),
+        str(model_config.dtype).removeprefix("torch."),
+        page_tokens=cache_config.block_size,
+    )
+    if _has_sliding_window(model_config) and "sliding_window" not in cache_config.kv_cache_dtype_skip_layers:
+        cache_config.kv_cache_dtype_skip_layers = [*cache_config.kv_cache_dtype_skip_layers, "sliding_window"]
+        logger.info("kivi: sliding-window layers keep their full-precision cache: they hold few tokens")
+
+
+def _has_sliding_window(model_config: Any) -> bool:
+    layer_types = getattr(model_config.hf_text_config, "layer_types", None) or ()
+    return model_config.get_sliding_window() is not None or "sliding_attention" in layer_types

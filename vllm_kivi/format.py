@@ -1,0 +1,226 @@
+"""The byte map of the cache: the only place that computes an offset.
+
+Two kinds of pages live in vLLM's block pool (docs/FORMAT.md shows them with pictures):
+
+Quantized page, `page_tokens` (N) tokens of one layer, N a multiple of the group size G:
+
+    page   = [num_kv_heads][N / G] tiles of `tile_bytes`
+    tile   = G tokens of one KV head, sections in this order, each a multiple of 16 bytes:
+
+    | section | shape and type                              | bytes                  |
+    |---------|---------------------------------------------|------------------------|
+    | k_codes | [D / (32 / k_bits)][G] little-endian uint32 | D * G * k_bits / 8     |
+    | k_scale | [D] scale type                              | D * scale_bytes        |
+    | k_zero  | [D] scale type                              | D * scale_bytes        |
+    | v_codes | [G / 8][D * v_bits / 4] uint32              | D * G * v_bits / 8     |
+    | v_scale | [V][G] scale type                           | V * G * scale_bytes    |
+    | v_zero  | [V][G] scale type                           | V * G * scale_bytes    |
+    | padding | never read or written                       | to a multiple of G     |
+
+    D = head_dim; V = ceil(D / G) value groups per token, the last one shorter when G does not divide D.
+    The scale type is the model's dtype (bfloat16, float16 or float32), so what is stored is what published KIVI computes.
+
+    Key code of token t, channel d:  word (d // C) * G + t, C = 32 / k_bits, at bit k_bits * (d % C).
+        A word is one token's C consecutive channels, and words of consecutive tokens follow each other: a vector of
+        words holds many tokens of the same channels, on AVX-512 as in a tensor-core operand.
+    Value code of token t, channel d: with o = t // 8, h = t % 8 // 4, j = t % 4 and S = 16 / v_bits slots a half-word:
+        slot s = 4 * d + j;  word o * (4 * D / S) + s // S, at bit 16 * h + v_bits * (s % S).
+        The two half-words of a word hold tokens that are 4 apart and otherwise equal, so one mask yields both halves of
+        a packed pair; a word never mixes two runs of 8 tokens.
+
+    x ~ code * scale + zero. Keys share scale and zero per channel over the tile's G tokens, values per token over G
+    channels. With `full_precision` a tile is [G][D] keys then [G][D] values in the model's dtype, and nothing else.
+
+Full-precision page, `full_page_tokens` (n) tokens of one layer:
+
+    page   = [num_kv_heads][n][2][D] in the model's dtype: key then value of each token.
+
+n is the largest number of tokens that fits in a quantized page, so that both pages have the same size in vLLM's pool.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+HEAD_DIMS = (64, 80, 96, 128, 256)
+GROUP_SIZES = (32, 64, 128)
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+# kv_cache_dtype -> (k_bits, v_bits)
+PRESETS = {
+    "kivi2": (2, 2),
+    "kivi_k4v2": (4, 2),
+    "kivi4": (4, 4),
+    "kivi8": (8, 8),
+}
+
+# The order of the flat list that the ops take; csrc/params.h unpacks it in the same order (test_format compares them).
+LAYOUT_FIELDS = (
+    "head_dim",
+    "num_kv_heads",
+    "k_bits",
+    "v_bits",
+    "group_size",
+    "page_tokens",
+    "full_page_tokens",
+    "residual_length",
+    "sink_tokens",
+    "full_precision",
+    "num_value_groups",
+    "k_codes_offset",
+    "k_scale_offset",
+    "k_zero_offset",
+    "v_codes_offset",
+    "v_scale_offset",
+    "v_zero_offset",
+    "tile_bytes",
+)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _check(name: str, value: object, accepted: tuple) -> None:
+    if value not in accepted:
+        raise ValueError(f"kivi: {name}={value!r} is not supported; accepted: {', '.join(map(str, accepted))}")
+
+
+@dataclass(frozen=True)
+class KVFormat:
+    """Sizes and offsets of one layer's pages. Bytes unless the name says tokens.
+
+    Args:
+        preset: a key of PRESETS, the user's --kv-cache-dtype.
+        head_dim, num_kv_heads: of this layer, on this tensor-parallel rank.
+        dtype: the model's dtype: "bfloat16", "float16" or "float32".
+        group_size: G, elements that share a scale.
+        residual_length: R, the most recent tokens that are never read quantized.
+        sink_tokens: first tokens of a request that are never read quantized.
+        page_tokens: N, tokens of a quantized page; 0 means G.
+        padded_page_bytes: what the pool gives a page where another layer's page is larger; 0 means no padding.
+        full_precision: the bypass, same pages and code path with nothing quantized.
+
+    Raises:
+        ValueError: names the option and what is accepted.
+    """
+
+    preset: str
+    head_dim: int
+    num_kv_heads: int
+    dtype: str
+    group_size: int = 32
+    residual_length: int = 128
+    sink_tokens: int = 0
+    page_tokens: int = 0
+    padded_page_bytes: int = 0
+    full_precision: bool = False
+
+    def __post_init__(self) -> None:
+        _check("kv_cache_dtype", self.preset, tuple(PRESETS))
+        _check("head_dim", self.head_dim, HEAD_DIMS)
+        _check("dtype", self.dtype, tuple(DTYPE_BYTES))
+        _check("group_size", self.group_size, GROUP_SIZES)
+        if self.page_tokens == 0:
+            object.__setattr__(self, "page_tokens", self.group_size)
+        if self.page_tokens < 0 or self.page_tokens % self.group_size:
+            raise ValueError(
+                f"kivi: block size {self.page_tokens} is not a multiple of group_size={self.group_size}; "
+                f"pass --block-size with a multiple of {self.group_size}, or leave it out"
+            )
+        if self.padded_page_bytes == 0:
+            object.__setattr__(self, "padded_page_bytes", self.page_bytes)
+        if self.padded_page_bytes < self.page_bytes:
+            raise ValueError(f"kivi: a page of {self.padded_page_bytes} bytes cannot hold {self.page_bytes} bytes")
+        for name in ("residual_length", "sink_tokens"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"kivi: {name}={getattr(self, name)} must be 0 or more")
+
+    @property
+    def k_bits(self) -> int:
+        return PRESETS[self.preset][0]
+
+    @property
+    def v_bits(self) -> int:
+        return PRESETS[self.preset][1]
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of a full-precision element, and of a scale or zero."""
+        return DTYPE_BYTES[self.dtype]
+
+    @property
+    def num_value_groups(self) -> int:
+        return math.ceil(self.head_dim / self.group_size)
+
+    @property
+    def k_codes_offset(self) -> int:
+        return 0
+
+    @property
+    def k_scale_offset(self) -> int:
+        return self.head_dim * self.group_size * self.k_bits // 8
+
+    @property
+    def k_zero_offset(self) -> int:
+        return self.k_scale_offset + self.head_dim * self.element_bytes
+
+    @property
+    def v_codes_offset(self) -> int:
+        if self.full_precision:
+            return self.group_size * self.head_dim * self.element_bytes
+        return self.k_zero_offset + self.head_dim * self.element_bytes
+
+    @property
+    def v_scale_offset(self) -> int:
+        return self.v_codes_offset + self.head_dim * self.group_size * self.v_bits // 8
+
+    @property
+    def v_zero_offset(self) -> int:
+        return self.v_scale_offset + self.num_value_groups * self.group_size * self.element_bytes
+
+    @property
+    def tile_bytes(self) -> int:
+        """G tokens of one KV head, a multiple of G so that bytes per token are whole."""
+        if self.full_precision:
+            return 2 * self.v_codes_offset
+        end = self.v_zero_offset + self.num_value_groups * self.group_size * self.element_bytes
+        return _round_up(end, self.group_size)
+
+    @property
+    def token_bytes(self) -> int:
+        """Quantized bytes of one token and KV head, scales and zeros included."""
+        return self.tile_bytes // self.group_size
+
+    @property
+    def page_bytes(self) -> int:
+        """One layer's quantized page."""
+        return self.num_kv_heads * self.page_tokens * self.token_bytes
+
+    @property
+    def full_token_bytes(self) -> int:
+        """Key and value of one token and KV head in full precision."""
+        return 2 * self.head_dim * self.element_bytes
+
+    @property
+    def full_page_tokens(self) -> int:
+        """n: tokens of a full-precision page."""
+        return self.padded_page_bytes // (self.num_kv_heads * self.full_token_bytes)
+
+    @property
+    def full_page_bytes(self) -> int:
+        """Bytes used of one layer's full-precision page; the pool gives it padded_page_bytes."""
+        return self.num_kv_heads * self.full_page_tokens * self.full_token_bytes
+
+    @property
+    def bits_per_element(self) -> float:
+        return 8 * self.token_bytes / (2 * self.head_dim)
+
+    def boundary(self, num_tokens: int) -> int:
+        """Tokens below it are read from quantized pages when a request has `num_tokens` tokens (sinks apart)."""
+        return max(0, (num_tokens - self.residual_length) // self.group_size * self.group_size)
+
+    def layout(self) -> list[int]:
+        """What the ops take: one integer per name in LAYOUT_FIELDS."""
+        return [int(getattr(self, name)) for name in LAYOUT_FIELDS]

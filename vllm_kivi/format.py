@@ -35,7 +35,8 @@ Full-precision page, `full_page_tokens` (n) tokens of one layer:
 
     page   = [num_kv_heads][n][2][D] in the model's dtype: key then value of each token.
 
-n is the largest number of tokens that fits in a quantized page, so that both pages have the same size in vLLM's pool.
+Both pages take the same bytes of vLLM's pool. n is the largest number of tokens that fits and keeps lcm(N, n), the step at
+which prefix hits can land, at most MAX_HIT_STEP (or N, if that is more).
 """
 
 from __future__ import annotations
@@ -46,6 +47,9 @@ from dataclasses import dataclass
 HEAD_DIMS = (64, 80, 96, 128, 256)
 GROUP_SIZES = (32, 64, 128)
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+# Tokens between prefix hits; n gives way where it would be more. At G = 32, n is what fits, and 96 tokens are usual.
+MAX_HIT_STEP = 384
 
 # kv_cache_dtype -> (k_bits, v_bits)
 PRESETS = {
@@ -206,7 +210,14 @@ class KVFormat:
     @property
     def full_page_tokens(self) -> int:
         """n: tokens of a full-precision page."""
-        return self.padded_page_bytes // (self.num_kv_heads * self.full_token_bytes)
+        fits = self.padded_page_bytes // (self.num_kv_heads * self.full_token_bytes)
+        limit = max(MAX_HIT_STEP, self.page_tokens)
+        return next(n for n in range(fits, 0, -1) if math.lcm(self.page_tokens, n) <= limit)
+
+    @property
+    def hit_step(self) -> int:
+        """Prefix hits land on multiples of this many tokens."""
+        return math.lcm(self.page_tokens, self.full_page_tokens)
 
     @property
     def full_page_bytes(self) -> int:

@@ -10,6 +10,17 @@ from typing import Any
 import torch
 
 VOCAB = 512
+PROCESS_SETTINGS: dict[str, Any] = {
+    "kv_cache_dtype": "kivi2",
+    "dtype": "float32",
+    "max_model_len": 2048,
+    "skip_tokenizer_init": True,
+    "kv_cache_memory_bytes": 64 << 20,
+    "max_num_batched_tokens": 8192,
+    "max_num_seqs": 32,
+    "enable_prefix_caching": False,
+    "disable_log_stats": True,
+}
 
 
 def save_tiny_llama(path: Path, **overrides: Any) -> Path:
@@ -42,19 +53,8 @@ def engine(model: Path, kv_cache_dtype: str = "kivi2", **overrides: Any) -> Iter
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    settings: dict[str, Any] = {
-        "dtype": "float32",
-        "max_model_len": 2048,
-        "enforce_eager": True,
-        "distributed_executor_backend": "uni",
-        "skip_tokenizer_init": True,
-        "kv_cache_memory_bytes": 64 << 20,
-        "max_num_batched_tokens": 8192,
-        "max_num_seqs": 32,
-        "enable_prefix_caching": False,
-        "disable_log_stats": True,
-    } | overrides
-    llm = LLM(str(model), kv_cache_dtype=kv_cache_dtype, **settings)
+    in_process = {"enforce_eager": True, "distributed_executor_backend": "uni", "kv_cache_dtype": kv_cache_dtype}
+    llm = LLM(str(model), **(PROCESS_SETTINGS | in_process | overrides))
     try:
         yield llm
     finally:
@@ -68,14 +68,16 @@ def prompt(length: int, seed: int) -> list[int]:
     return torch.randint(2, VOCAB, (length,), generator=generator).tolist()
 
 
-def generate(llm: Any, prompts: list[list[int]], max_tokens: int = 32, **sampling: Any) -> list[Any]:
+def generate(
+    llm: Any, prompts: list[list[int]], max_tokens: int = 32, lora: Any = None, **sampling: Any
+) -> list[Any]:
     """Greedy by default, with the logprob of every chosen token."""
     from vllm import SamplingParams, TokensPrompt
 
     params = SamplingParams(
         **({"temperature": 0.0, "max_tokens": max_tokens, "ignore_eos": True, "logprobs": 0, "detokenize": False} | sampling)
     )
-    return llm.generate([TokensPrompt(prompt_token_ids=p) for p in prompts], params, use_tqdm=False)
+    return llm.generate([TokensPrompt(prompt_token_ids=p) for p in prompts], params, use_tqdm=False, lora_request=lora)
 
 
 def tokens(output: Any, index: int = 0) -> list[int]:

@@ -1,12 +1,12 @@
 """Does the real paged cache lose what the format must lose, and no more?
 
-Perplexity of each preset twice on the same tokens: through vLLM with its pages (what `vllm-kivi eval ppl` measures), and
-by a simulation that shares nothing with the engine: transformers runs the model, and every query row attends to keys and
-values that vllm_kivi.reference quantized and dequantized, or to the originals, by the rules of docs/DESIGN.md.
+Perplexity of each preset twice on the same tokens: through vLLM with its pages (what `vllm-kivi eval ppl` measures),
+and by a simulation that shares nothing with the engine: transformers runs the model, and every query row attends to
+keys and values that vllm_kivi.reference quantized and dequantized, or to the originals, by the rules of docs/DESIGN.md.
 
     python benchmarks/bench_quality.py MODEL --text FILE [--tokens N] [--window 2048] [--chunk 64]
 
-Prints one table and writes benchmarks/results/quality.md. Needs transformers; float32, so that both sides compute alike.
+Prints one table and writes benchmarks/results/quality.md. In float32, so that both sides compute alike.
 """
 
 from __future__ import annotations

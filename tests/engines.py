@@ -24,7 +24,7 @@ PROCESS_SETTINGS: dict[str, Any] = {
 
 
 def save_tiny_llama(path: Path, **overrides: Any) -> Path:
-    """Write a random Llama (2 layers, 6 query heads, 2 KV heads, head_dim 64) with weights large enough that its outputs
+    """Write a random Llama (2 layers, 6 query heads, 2 KV heads, head_dim 64) with weights so large that its outputs
     depend on what is far back in the context."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -68,14 +68,15 @@ def prompt(length: int, seed: int) -> list[int]:
     return torch.randint(2, VOCAB, (length,), generator=generator).tolist()
 
 
-def generate(
-    llm: Any, prompts: list[list[int]], max_tokens: int = 32, lora: Any = None, **sampling: Any
-) -> list[Any]:
+def generate(llm: Any, prompts: list[list[int]], max_tokens: int = 32, lora: Any = None, **sampling: Any) -> list[Any]:
     """Greedy by default, with the logprob of every chosen token."""
     from vllm import SamplingParams, TokensPrompt
 
     params = SamplingParams(
-        **({"temperature": 0.0, "max_tokens": max_tokens, "ignore_eos": True, "logprobs": 0, "detokenize": False} | sampling)
+        **(
+            {"temperature": 0.0, "max_tokens": max_tokens, "ignore_eos": True, "logprobs": 0, "detokenize": False}
+            | sampling
+        )
     )
     return llm.generate([TokensPrompt(prompt_token_ids=p) for p in prompts], params, use_tqdm=False, lora_request=lora)
 
@@ -86,7 +87,9 @@ def tokens(output: Any, index: int = 0) -> list[int]:
 
 def logprobs(output: Any, index: int = 0) -> torch.Tensor:
     completion = output.outputs[index]
-    return torch.tensor([entry[token].logprob for token, entry in zip(completion.token_ids, completion.logprobs)])
+    return torch.tensor(
+        [entry[token].logprob for token, entry in zip(completion.token_ids, completion.logprobs, strict=True)]
+    )
 
 
 def assert_same(actual: Any, expected: Any, tolerance: float = 1e-3) -> None:

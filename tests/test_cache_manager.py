@@ -1,4 +1,4 @@
-"""The full-precision group's manager inside vLLM's own KVCacheManager, without a model: random schedules, exact invariants."""
+"""The full-precision group's manager inside vLLM's KVCacheManager, without a model: random schedules, invariants."""
 
 from __future__ import annotations
 
@@ -64,7 +64,9 @@ def check_step(fmt, manager, request, start, stop):
     n = fmt.full_page_tokens
     boundary = min(fmt.boundary(start + 1), start // fmt.group_size * fmt.group_size)
     after = min(fmt.boundary(stop + 1), stop // fmt.group_size * fmt.group_size)
-    needed = {p // n for p in [*range(boundary, start), *range(max(start, after), stop), *range(min(fmt.sink_tokens, stop))]}
+    needed = {
+        p // n for p in [*range(boundary, start), *range(max(start, after), stop), *range(min(fmt.sink_tokens, stop))]
+    }
     for block in needed:
         assert not full[block].is_null, (start, stop, block)
         assert full[block].ref_cnt > 0
@@ -84,7 +86,9 @@ def run(manager, request, start, stop):
     return check_args
 
 
-@pytest.mark.parametrize("options", [{}, {"sink_tokens": 4}, {"residual_length": 0}, {"group_size": 64, "sink_tokens": 30}])
+@pytest.mark.parametrize(
+    "options", [{}, {"sink_tokens": 4}, {"residual_length": 0}, {"group_size": 64, "sink_tokens": 30}]
+)
 @pytest.mark.parametrize("caching", [True, False])
 def test_random_schedules(options, caching):
     rng = random.Random(repr(options))
@@ -95,7 +99,9 @@ def test_random_schedules(options, caching):
     running, refused, hit_lengths = [], 0, []
     for step in range(1500):
         if len(running) < 6 and rng.random() < 0.3:
-            ids = rng.choice(prefixes)[: rng.randrange(1, 600)] + [rng.randrange(1000) for _ in range(rng.randrange(1, 200))]
+            ids = rng.choice(prefixes)[: rng.randrange(1, 600)] + [
+                rng.randrange(1000) for _ in range(rng.randrange(1, 200))
+            ]
             running.append(new_request(f"r{step}", ids, hasher))
         for request in list(running):
             start = request.num_computed_tokens
@@ -150,7 +156,7 @@ def test_a_prompt_holds_only_what_stays():
 
 
 def test_hits_need_sinks_and_window():
-    fmt, spec, manager, hasher, lcm = make_manager(sink_tokens=4)
+    fmt, _, manager, hasher, lcm = make_manager(sink_tokens=4)
     ids = list(range(800))
     first = new_request("a", ids, hasher)
     assert run(manager, first, 0, 800)
@@ -167,7 +173,7 @@ def test_hits_need_sinks_and_window():
 
 def test_capacity_is_what_fits():
     """As many requests of max_model_len as the spec says run side by side, and one more does not."""
-    fmt, spec, manager, hasher, _ = make_manager(num_blocks=1 + 5 * (MAX_MODEL_LEN // 32 + 28), caching=False)
+    _, _, manager, hasher, _ = make_manager(num_blocks=1 + 5 * (MAX_MODEL_LEN // 32 + 28), caching=False)
     requests = [new_request(f"r{i}", list(range(i, i + MAX_MODEL_LEN - 1)), hasher) for i in range(6)]
     for request in requests[:5]:
         assert run(manager, request, 0, MAX_MODEL_LEN - 1)

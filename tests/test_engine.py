@@ -1,4 +1,4 @@
-"""Stock vLLM with our cache: what must be equal is compared token by token, on a model whose answers depend on far context."""
+"""Stock vLLM with our cache: what must be equal is compared token by token, on a model that looks far back."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_request_within_the_window_equals_auto(model):
         expected = generate(llm, prompts)
     for options in ({}, SINKS):
         with engine(model, additional_config=options) as llm:
-            for actual, wanted in zip(generate(llm, prompts), expected):
+            for actual, wanted in zip(generate(llm, prompts), expected, strict=True):
                 assert_same(actual, wanted)
 
 
@@ -53,7 +53,7 @@ def test_quantization_is_real(model):
     with engine(model, "auto") as llm:
         expected = generate(llm, prompts, max_tokens=1, logprobs=20)
         # The second token of a request attends to a quantized prompt.
-        forced = [p + tokens(o) for p, o in zip(prompts, expected)]
+        forced = [p + tokens(o) for p, o in zip(prompts, expected, strict=True)]
     error = {}
     for dtype in ("auto", "kivi8", "kivi4", "kivi2"):
         with engine(model, dtype, max_num_batched_tokens=128) as llm:
@@ -73,7 +73,7 @@ def test_the_bypass_equals_auto(model, batched_tokens):
         expected = generate(llm, prompts, max_tokens=80)
     for options in (BYPASS, {"kivi": {**BYPASS["kivi"], "sink_tokens": 3, "residual_length": 40}}):
         with engine(model, additional_config=options, max_num_batched_tokens=batched_tokens) as llm:
-            for actual, wanted in zip(generate(llm, prompts, max_tokens=80), expected):
+            for actual, wanted in zip(generate(llm, prompts, max_tokens=80), expected, strict=True):
                 assert_same(actual, wanted)
 
 
@@ -105,7 +105,7 @@ def test_alone_equals_in_a_batch(model):
     with engine(model) as llm:
         alone = [generate(llm, [p])[0] for p in prompts[::5]]
         together = generate(llm, prompts)[::5]
-    for actual, wanted in zip(together, alone):
+    for actual, wanted in zip(together, alone, strict=True):
         assert_same(actual, wanted)
 
 
@@ -118,7 +118,7 @@ def test_preemption_changes_nothing(model):
         preempted = count_preemptions(llm)
         pressed = generate(llm, prompts, max_tokens=500)
     assert preempted
-    for actual, wanted in zip(pressed, calm):
+    for actual, wanted in zip(pressed, calm, strict=True):
         assert_same(actual, wanted)
 
 
@@ -130,7 +130,7 @@ def test_any_block_permutation_gives_the_same_bits(model):
         blocks = queue.popleft_n(queue.num_free_blocks)
         random.Random(7).shuffle(blocks)
         queue.append_n(blocks)
-        for actual, wanted in zip(generate(llm, prompts), expected):
+        for actual, wanted in zip(generate(llm, prompts), expected, strict=True):
             assert_same_bits(actual, wanted)
 
 
@@ -143,8 +143,8 @@ def test_every_block_comes_back(model):
 
 
 def test_chunk_sizes(model):
-    """Equal where nothing differs: in the window, and at the same boundaries. Elsewhere a chunk reads its own tokens in full
-    precision and earlier chunks quantized, so that other chunks are another computation."""
+    """Equal where nothing differs: in the window. Elsewhere a chunk reads its own tokens in full precision and earlier
+    chunks quantized, so that other chunks are another computation."""
     prompts = [prompt(128, 1), prompt(640, 2)]
     outputs = {}
     for chunk in (128, 320, 8192):
@@ -172,9 +172,12 @@ def test_skipped_layers_stay_in_full_precision(model):
     with engine(model, "auto") as llm:
         expected = generate(llm, prompts, max_tokens=50)
     with engine(model, additional_config=BYPASS, kv_cache_dtype_skip_layers=["0"]) as llm:
-        assert {type(group.kv_cache_spec).__name__ for group in groups(llm)} == {"FullAttentionSpec", "FullPrecisionSpec"}
+        assert {type(group.kv_cache_spec).__name__ for group in groups(llm)} == {
+            "FullAttentionSpec",
+            "FullPrecisionSpec",
+        }
         assert len({group.kv_cache_spec.dtype for group in groups(llm)}) == 2
-        for actual, wanted in zip(generate(llm, prompts, max_tokens=50), expected):
+        for actual, wanted in zip(generate(llm, prompts, max_tokens=50), expected, strict=True):
             assert_same(actual, wanted)
 
 
@@ -199,5 +202,5 @@ def test_a_poisoned_request_stays_alone(tmp_path):
         for poison in (2, 3):
             *others, bad = generate(llm, [*clean, [poison, *clean[0][1:150]]], **never)
             assert logprobs(bad)[:10].isnan().all()
-            for actual, wanted in zip(others, expected):
+            for actual, wanted in zip(others, expected, strict=True):
                 assert_same_bits(actual, wanted)

@@ -47,7 +47,9 @@ def expected(model):
 
 def environment(**changes: str) -> dict[str, str]:
     env = {k: v for k, v in os.environ.items() if k not in ("VLLM_ENABLE_V1_MULTIPROCESSING", "OMP_NUM_THREADS")}
-    return env | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]), "HF_HUB_OFFLINE": "1"} | changes
+    return (
+        env | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]), "HF_HUB_OFFLINE": "1"} | changes
+    )
 
 
 @pytest.mark.parametrize(

@@ -32,8 +32,8 @@ def check_version() -> None:
 def register_cache_dtypes(names: Iterable[str], storage: torch.dtype) -> None:
     """Make vLLM accept our --kv-cache-dtype values.
 
-    Why: 0.32 checks them against a Literal in pydantic dataclasses. How: extend the Literal and rebuild the dataclasses that
-    were compiled with it. Remove when 0.32 is dropped: 0.33 has register_kv_cache_dtype.
+    Why: 0.32 checks them against a Literal in pydantic dataclasses. How: extend the Literal and rebuild the dataclasses
+    that were compiled with it. Remove when 0.32 is dropped: 0.33 has register_kv_cache_dtype.
     """
     import vllm.config.cache as cache
     import vllm.config.vllm as config
@@ -48,12 +48,15 @@ def register_cache_dtypes(names: Iterable[str], storage: torch.dtype) -> None:
     if not new:
         return
     extended: Any = Literal[(*known, *new)]  # type: ignore[valid-type]
-    for module in (cache, selector, arg_utils):
+    modules: tuple[Any, ...] = (cache, selector, arg_utils)
+    for module in modules:
         module.CacheDType = extended
-    cache.CacheConfig.__annotations__["cache_dtype"] = extended
-    cache.CacheConfig.__dataclass_fields__["cache_dtype"].type = extended
-    rebuild_dataclass(cache.CacheConfig, force=True)
-    rebuild_dataclass(config.VllmConfig, force=True)
+    cache_config: Any = cache.CacheConfig
+    vllm_config: Any = config.VllmConfig
+    cache_config.__annotations__["cache_dtype"] = extended
+    cache_config.__dataclass_fields__["cache_dtype"].type = extended
+    rebuild_dataclass(cache_config, force=True)
+    rebuild_dataclass(vllm_config, force=True)
 
 
 def extend_platform(
@@ -63,8 +66,9 @@ def extend_platform(
 ) -> None:
     """Let the platform choose our backend for our cache dtypes, and check the configuration.
 
-    Why: a platform picks among backends it knows (the CPU's always CPU_ATTN), and a general plugin is not asked when the
-    configuration is checked. How: wrap three class methods of the platform. Remove when vLLM asks registered backends.
+    Why: a platform picks among backends it knows (the CPU's always CPU_ATTN), and a general plugin is not asked when
+    the configuration is checked. How: wrap three class methods of the platform. Remove when vLLM asks registered
+    backends.
     """
     from vllm.platforms import current_platform
 
@@ -75,7 +79,9 @@ def extend_platform(
     stock_check = platform.check_and_update_config.__func__
     stock_block_size = platform.update_block_size_for_backend.__func__
 
-    def get_attn_backend_cls(cls: Any, selected_backend: Any, attn_selector_config: Any, *args: Any, **kwargs: Any) -> str:
+    def get_attn_backend_cls(
+        cls: Any, selected_backend: Any, attn_selector_config: Any, *args: Any, **kwargs: Any
+    ) -> str:
         if is_ours(attn_selector_config.kv_cache_dtype):
             return select(attn_selector_config)
         return stock_select(cls, selected_backend, attn_selector_config, *args, **kwargs)
@@ -103,13 +109,15 @@ def extend_platform(
 def expose_prompt_lengths() -> None:
     """Make prompt lengths known to num_prompt_tokens.
 
-    Why: a preempted request is recomputed in one chunk, in which generated tokens must attend as they did when they were
-    decoded; the first model runner tells backends where a prompt ends only for models with R-SWA. How: remember the runner's
-    tensor while it builds metadata. Remove when CommonAttentionMetadata always has it, as under the second model runner.
+    Why: a preempted request is recomputed in one chunk, in which generated tokens must attend as they did when they
+    were decoded; the first model runner tells backends where a prompt ends only for models with R-SWA. How: remember
+    the runner's tensor while it builds metadata. Remove when CommonAttentionMetadata always has it, as under the
+    second model runner.
     """
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    stock = GPUModelRunner._build_attention_metadata
+    runner: Any = GPUModelRunner
+    stock = runner._build_attention_metadata
     if getattr(stock, "_kivi", False):
         return
 
@@ -122,7 +130,7 @@ def expose_prompt_lengths() -> None:
             _runner_prompt_tokens = None
 
     _build_attention_metadata._kivi = True  # type: ignore[attr-defined]
-    GPUModelRunner._build_attention_metadata = _build_attention_metadata
+    runner._build_attention_metadata = _build_attention_metadata
 
 
 def num_prompt_tokens(common: CommonAttentionMetadata) -> torch.Tensor:

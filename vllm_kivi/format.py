@@ -18,7 +18,7 @@ Quantized page, `page_tokens` (N) tokens of one layer, N a multiple of the group
     | padding | never read or written                       | to a multiple of G     |
 
     D = head_dim; V = ceil(D / G) value groups per token, the last one shorter when G does not divide D.
-    The scale type is the model's dtype (bfloat16, float16 or float32), so what is stored is what published KIVI computes.
+    The scale type is the model's dtype (bfloat16, float16 or float32): what is stored is what published KIVI computes.
 
     Key code of token t, channel d:  word (d // C) * G + t, C = 32 / k_bits, at bit k_bits * (d % C).
         A word is one token's C consecutive channels, and words of consecutive tokens follow each other: a vector of
@@ -35,8 +35,8 @@ Full-precision page, `full_page_tokens` (n) tokens of one layer:
 
     page   = [num_kv_heads][n][2][D] in the model's dtype: key then value of each token.
 
-Both pages take the same bytes of vLLM's pool. n is the largest number of tokens that fits and keeps lcm(N, n), the step at
-which prefix hits can land, at most MAX_HIT_STEP (or N, if that is more).
+Both pages take the same bytes of vLLM's pool. n is the largest number of tokens that fits and keeps lcm(N, n), the step
+at which prefix hits can land, at most MAX_HIT_STEP (or N, if that is more).
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ class KiviOptions:
         group_size: G, elements that share a scale and zero: 32, 64 or 128.
         residual_length: R, the most recent tokens that are never read quantized; 0 or more.
         sink_tokens: first tokens of every request that are never read quantized; 0 or more.
-        full_precision: keep pages and code path but quantize nothing, to tell a plumbing fault from a quantization error.
+        full_precision: keep pages and code path but quantize nothing: tells plumbing faults from quantization error.
     """
 
     group_size: int = 32
@@ -43,7 +43,7 @@ class KiviOptions:
             _check_value(name, value)
         return cls(**raw)
 
-    def format(self, preset: str, head_dim: int, num_kv_heads: int, dtype: str, **page: int) -> KVFormat:
+    def format(self, preset: str, head_dim: int, num_kv_heads: int, dtype: str, **page: Any) -> KVFormat:
         """The byte map of a layer under these options; `page` takes KVFormat's page_tokens and padded_page_bytes."""
         return KVFormat(
             preset=preset,

@@ -6,7 +6,7 @@ from __future__ import annotations
 def register() -> None:
     """Teach stock vLLM our cache dtypes. Idempotent; imports no kernel.
 
-    vLLM only logs a plugin that fails, and would then refuse the cache dtype as unknown, so the reason is the last line.
+    vLLM only logs a plugin that fails, and would then refuse the cache dtype as unknown: the reason is the last line.
     """
     from vllm_kivi import compat
 

@@ -79,9 +79,7 @@ class KiviAttentionBackend(AttentionBackend):
         if fmt is None or type(spec) is not FullAttentionSpec or spec.dtype != PAGE_DTYPE:
             return spec
         padded = fmt.padded_page_bytes if fmt.padded_page_bytes > fmt.page_bytes else None
-        return replace(
-            spec, block_size=fmt.page_tokens, state_content_bytes=fmt.token_bytes, page_size_padded=padded
-        )
+        return replace(spec, block_size=fmt.page_tokens, state_content_bytes=fmt.token_bytes, page_size_padded=padded)
 
 
 @functools.cache
@@ -102,9 +100,7 @@ def layer_format(vllm_config: VllmConfig, preset: str, head_dim: int, num_kv_hea
     # Layers left in full precision share the pool, and vLLM makes all pages equal: fill their page with our tokens.
     page_bytes = block_size * num_kv_heads * own.full_token_bytes
     page_tokens = block_size * own.full_token_bytes // own.token_bytes // options.group_size * options.group_size
-    return options.format(
-        preset, head_dim, num_kv_heads, dtype, page_tokens=page_tokens, padded_page_bytes=page_bytes
-    )
+    return options.format(preset, head_dim, num_kv_heads, dtype, page_tokens=page_tokens, padded_page_bytes=page_bytes)
 
 
 def full_precision_spec(vllm_config: VllmConfig, fmt: KVFormat) -> FullPrecisionSpec:
@@ -143,7 +139,8 @@ def select(config: AttentionSelectorConfig) -> str:
     if config.head_size not in HEAD_DIMS:
         accepted = ", ".join(map(str, HEAD_DIMS))
         raise ValueError(
-            f"kivi: --kv-cache-dtype {dtype} does not support head size {config.head_size}; accepted: {accepted}; {skip}"
+            f"kivi: --kv-cache-dtype {dtype} does not support head size {config.head_size}; "
+            f"accepted: {accepted}; {skip}"
         )
     if config.has_sliding_window:
         raise ValueError(

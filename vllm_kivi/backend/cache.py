@@ -52,8 +52,8 @@ class FullPrecisionManager(SlidingWindowManager):
         available = self.block_pool.num_gpu_blocks - 1
         if available < needed:
             raise ValueError(
-                f"kivi: the KV cache has {available} blocks; one request of max_model_len={spec.max_model_len} tokens needs "
-                f"{needed} while its last chunk is computed. Give the KV cache more memory or lower --max-model-len."
+                f"kivi: the KV cache has {available} blocks; one request of max_model_len={spec.max_model_len} tokens "
+                f"needs {needed} while its last chunk is computed. Give it more memory or lower --max-model-len."
             )
 
     # -- what to hold ---------------------------------------------------------------------------------------------
@@ -110,9 +110,7 @@ class FullPrecisionManager(SlidingWindowManager):
         blocks.extend(new)
         return new
 
-    def allocate_new_blocks(
-        self, request_id: str, num_tokens: int, num_tokens_main_model: int
-    ) -> list[KVCacheBlock]:
+    def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         self._step_start[request_id] = len(self.req_to_blocks[request_id])
         stop = ceil(num_tokens / self.block_size)
         self._step_blocks = self._extend(request_id, stop, self._first_kept(num_tokens_main_model))

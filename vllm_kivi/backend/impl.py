@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.forward_context import get_forward_context
@@ -98,7 +100,7 @@ class KiviImpl(AttentionImpl[KiviMetadata]):
             metadata = metadata[0]
         assert isinstance(metadata, dict)
         quantized = attn_metadata
-        full: KiviMetadata = metadata[self.full_precision_name]
+        full = cast(KiviMetadata, metadata[self.full_precision_name])
         full_pages = self.full_precision_layer.kv_cache
         num_tokens = quantized.num_actual_tokens
         ops.store(
@@ -149,7 +151,7 @@ class KiviImpl(AttentionImpl[KiviMetadata]):
 
 def _log_once(vllm_config: VllmConfig, fmt: KVFormat) -> None:
     """One line per model: what the cache really is."""
-    names = {True: [], False: []}  # type: dict[bool, list[str]]
+    names: dict[bool, list[str]] = {True: [], False: []}
     for name, layer in vllm_config.compilation_config.static_forward_context.items():
         if isinstance(layer, Attention):
             names[layer.kv_cache_dtype in PRESETS].append(name)

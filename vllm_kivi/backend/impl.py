@@ -158,7 +158,7 @@ def _log_once(vllm_config: VllmConfig, fmt: KVFormat) -> None:
     logger.info_once(
         "kivi: %s%s: keys %d bits, values %d bits, group %d, residual %d, sinks %d, %s scales; %.2f bits per element; "
         "%d bytes per token and layer (%s: %d); page of %d tokens, %d bytes, %d padding; full-precision page of %d "
-        "tokens, %d padding; %d layers quantized, %d skipped%s",
+        "tokens, %d padding; prefix hits every %d tokens; %d layers quantized, %d skipped%s",
         fmt.preset,
         " (full_precision bypass: nothing is quantized)" if fmt.full_precision else "",
         fmt.k_bits,
@@ -176,6 +176,7 @@ def _log_once(vllm_config: VllmConfig, fmt: KVFormat) -> None:
         fmt.padded_page_bytes - fmt.page_bytes,
         fmt.full_page_tokens,
         fmt.padded_page_bytes - fmt.full_page_bytes,
+        fmt.hit_step,
         len(names[True]),
         len(names[False]),
         ": " + ", ".join(names[False]) if names[False] else "",

@@ -1,0 +1,172 @@
+// Scores and values of quantized tiles in float32: for float32 models, and where there are no dot products of bytes.
+//
+// * keys: scale and zero are per channel, so q * scale is folded once per tile and q . zero is added at the end. The
+// loop
+//   over codes is shift + table lookup for 16 tokens and one FMA per row, and needs no reduction: lanes are tokens.
+// * values: scale and zero are per token, so they are folded into the softmax weights; lanes are channels.
+// Bound by instructions: a shift, a lookup and a FMA per row for 16 codes. So that folding costs no accuracy, codes are
+// taken from their middle (terms of either sign and half the size), and sums of at most 32 terms are added up.
+#pragma once
+
+#include "row_block.h"
+
+namespace kivi::cpu::KIVI_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kTokenVectors = 2;  // accumulators of a row, to hide the latency of the FMA
+#else
+constexpr int kTokenVectors = 1;  // half as many registers of half the size
+#endif
+
+// What a block of tokens needs besides a RowBlock.
+struct alignas(64) FloatBlock {
+  float query[kMaxRows][kMaxHeadDim];  // times the key scale of a tile
+  float offset[kMaxRows];              // q . key zero of a tile, or p . value zero of a block
+};
+
+template <class T, int BITS, int ROWS>
+void fold_key_scale(const Layout& layout, const char* tile, const RowBlock& block, FloatBlock& folded) {
+  const T* scales = reinterpret_cast<const T*>(tile + layout.k_scale_offset);
+  const T* zeros = reinterpret_cast<const T*>(tile + layout.k_zero_offset);
+  Floats offset[ROWS] = {};
+  for (int channel = 0; channel < layout.head_dim; channel += kLanes) {
+    const Floats scale = to_floats(scales + channel), middle = to_floats(zeros + channel) + scale * kMiddle<BITS>;
+    for (int row = 0; row < ROWS; ++row) {
+      const Floats q = load<Floats>(block.query[row] + channel);
+      save(folded.query[row] + channel, q * scale);
+      offset[row] += q * middle;
+    }
+  }
+  for (int row = 0; row < ROWS; ++row) folded.offset[row] = reduce<Add>(offset[row]);
+}
+
+// scores[row][first ... first + G - 1] of one tile.
+template <int BITS, int ROWS>
+void tile_scores(const Layout& layout, const char* tile, int index, const FloatBlock& folded, RowBlock& block,
+                 const Prefetcher& ahead) {
+  using Codes = KeyCodes<BITS>;
+  for (int token = 0; token < layout.group_size; token += kTokenVectors * kLanes) {
+    Floats sums[ROWS][kTokenVectors] = {};
+    for (int channel = 0; channel < layout.head_dim; channel += Codes::kChannels) {
+      if (channel % kLanes == 0 && token % 32 == 0) {
+        ahead.step(index, token / 32 * (layout.head_dim / kLanes) + channel / kLanes);
+      }
+      Words words[kTokenVectors];
+      for (int i = 0; i < kTokenVectors; ++i) words[i] = Codes::words(tile, layout, channel, token + i * kLanes);
+      Floats part[ROWS][kTokenVectors] = {};
+      unrolled<Codes::kChannels>([&]<int INDEX>() __attribute__((always_inline)) {
+        Floats codes[kTokenVectors];
+        for (int i = 0; i < kTokenVectors; ++i) codes[i] = Codes::template code<INDEX>(words[i], kMiddle<BITS>);
+        for (int row = 0; row < ROWS; ++row) {
+          const Floats q = splat(folded.query[row][channel + INDEX]);
+          for (int i = 0; i < kTokenVectors; ++i) part[row][i] += codes[i] * q;
+        }
+      });
+      for (int row = 0; row < ROWS; ++row) {
+        for (int i = 0; i < kTokenVectors; ++i) sums[row][i] += part[row][i];
+      }
+    }
+    for (int row = 0; row < ROWS; ++row) {
+      for (int i = 0; i < kTokenVectors; ++i) {
+        save(block.scores[row] + index * layout.group_size + token + i * kLanes, sums[row][i] + folded.offset[row]);
+      }
+    }
+  }
+}
+
+// Folds the scale of one value group into the weights of all tokens; offset = p . zero. A weight of 0 may be a token
+// that is not there, so its scale is not looked at.
+template <class T, int BITS, int ROWS>
+void fold_value_scale(const Layout& layout, const char* const* tiles, int num_tiles, int group, FloatBlock& folded,
+                      RowBlock& block) {
+  Floats offset[ROWS] = {};
+  for (int i = 0; i < num_tiles; ++i) {
+    if (tiles[i] == nullptr) continue;
+    const T* scales = reinterpret_cast<const T*>(tiles[i] + layout.v_scale_offset) + group * layout.group_size;
+    const T* zeros = reinterpret_cast<const T*>(tiles[i] + layout.v_zero_offset) + group * layout.group_size;
+    for (int token = 0; token < layout.group_size; token += kLanes) {
+      const Floats scale = to_floats(scales + token), middle = to_floats(zeros + token) + scale * kMiddle<BITS>;
+      for (int row = 0; row < ROWS; ++row) {
+        const int index = i * layout.group_size + token;
+        const Floats weight = load<Floats>(block.scores[row] + index);
+        save(block.weights[row] + index, weight == 0.0f ? Floats{} : weight * scale);
+        offset[row] = weight == 0.0f ? offset[row] : offset[row] + weight * middle;
+      }
+    }
+  }
+  for (int row = 0; row < ROWS; ++row) folded.offset[row] = reduce<Add>(offset[row]);
+}
+
+// Adds weights . codes of 32 channels to the sums; channels past head_dim land in the padding of `sums`.
+template <int BITS, int ROWS>
+void unit_values(const Layout& layout, const char* const* tiles, int num_tiles, int channel, const FloatBlock& folded,
+                 RowBlock& block, const Prefetcher& ahead) {
+  const int first_step =
+      Prefetcher::steps_per_tile(layout) / 2 + channel / kUnitChannels * (layout.group_size / kLanes);
+  Floats sums[ROWS][2];
+  for (int row = 0; row < ROWS; ++row) sums[row][0] = sums[row][1] = splat(folded.offset[row]);
+  Floats part[ROWS][2];
+  for (int i = 0; i < num_tiles; ++i) {
+    if (tiles[i] == nullptr) continue;
+    for (int octet = 0; octet < layout.group_size / 8; ++octet) {
+      if (octet % 2 == 0) ahead.step(i, first_step + octet / 2);
+      if (octet % 4 == 0) {
+        for (int row = 0; row < ROWS; ++row) part[row][0] = part[row][1] = Floats{};
+      }
+      const ValueCodes<BITS> codes(tiles[i], layout, octet, channel);
+      const int first = i * layout.group_size + 8 * octet;
+      unrolled<8>([&]<int TOKEN>() __attribute__((always_inline)) {
+        const Floats a = codes.template code<TOKEN, 0>(kMiddle<BITS>);
+        const Floats b = codes.template code<TOKEN, 1>(kMiddle<BITS>);
+        for (int row = 0; row < ROWS; ++row) {
+          const Floats weight = splat(block.weights[row][first + TOKEN]);
+          part[row][0] += a * weight;
+          part[row][1] += b * weight;
+        }
+      });
+      if (octet % 4 == 3) {
+        for (int row = 0; row < ROWS; ++row) {
+          for (int half = 0; half < 2; ++half) sums[row][half] += part[row][half];
+        }
+      }
+    }
+  }
+  for (int row = 0; row < ROWS; ++row) {
+    ValueCodes<BITS>::in_channel_order(sums[row][0], sums[row][1]);
+    float* out = block.sums[row] + channel;
+    save(out, load<Floats>(out) + sums[row][0]);
+    save(out + kLanes, load<Floats>(out + kLanes) + sums[row][1]);
+  }
+}
+
+// The tiles of one block.
+template <class T, int ROWS>
+struct FloatTiles {
+  FloatBlock folded;
+
+  FloatTiles(const Layout&, const RowBlock&) {}
+
+  void scores(const Layout& layout, const char* const* tiles, int num_tiles, RowBlock& block, const Prefetcher& ahead) {
+    with_bits(layout.k_bits, [&]<int BITS>() {
+      for (int i = 0; i < num_tiles; ++i) {
+        if (tiles[i] == nullptr) continue;
+        fold_key_scale<T, BITS, ROWS>(layout, tiles[i], block, folded);
+        tile_scores<BITS, ROWS>(layout, tiles[i], i, folded, block, ahead);
+      }
+    });
+  }
+
+  void values(const Layout& layout, const char* const* tiles, int num_tiles, RowBlock& block, const Prefetcher& ahead) {
+    with_bits(layout.v_bits, [&]<int BITS>() {
+      for (int group = 0; group < layout.num_value_groups; ++group) {
+        fold_value_scale<T, BITS, ROWS>(layout, tiles, num_tiles, group, folded, block);
+        const int end = at_most((group + 1) * layout.group_size, layout.head_dim);
+        for (int channel = group * layout.group_size; channel < end; channel += kUnitChannels) {
+          unit_values<BITS, ROWS>(layout, tiles, num_tiles, channel, folded, block, ahead);
+        }
+      }
+    });
+  }
+};
+
+}  // namespace kivi::cpu::KIVI_ISA

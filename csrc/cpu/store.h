@@ -1,0 +1,235 @@
+// store: writes new tokens to full-precision pages and quantizes the groups that they complete.
+//
+// One task is one group of one request, all KV heads: it copies the new tokens among its positions and, when the last
+// of them is new, quantizes the group. Tokens of the group that are older than the batch come from the full-precision
+// pages, which hold everything that is not yet quantized. Tasks share nothing, so their order does not matter.
+//
+// Codes, scales and zeros equal published KIVI bit for bit, so the arithmetic rounds to the input's type T after every
+// operation (rounded<T>) and divides for real. Contraction to fused multiply-adds cannot change a bit: the only
+// products that are added to are by 0.5, and a subnormal that this could round is beside a number larger than half the
+// range.
+#pragma once
+
+#include "page.h"
+#include "threads.h"
+
+namespace kivi::cpu::KIVI_ISA {
+
+template <class T>
+struct GroupRows {
+  const T* key[kMaxGroup];
+  const T* value[kMaxGroup];
+};
+
+// What groups quantize, one group to a lane.
+template <class T, int BITS>
+struct Quantizer {
+  static constexpr float kLevels = (1 << BITS) - 1;
+  Floats low = splat(Limits<T>::kMax);
+  Floats high = splat(-Limits<T>::kMax);
+  Floats half, low_half, step;
+
+  // NaN counts as 0, infinities as the largest finite number, -0 as 0.
+  static KIVI_INLINE Floats finite(Floats x) {
+    x = x == x ? x : Floats{};
+    x = min_or_nan(max_or_nan(x, splat(-Limits<T>::kMax)), splat(Limits<T>::kMax));
+    return x + 0.0f;
+  }
+
+  KIVI_INLINE void see(Floats x) {
+    low = min_or_nan(low, x);
+    high = max_or_nan(high, x);
+  }
+
+  // A range that overflows T is handled on halved numbers.
+  KIVI_INLINE void seen_all() {
+    half = rounded<T>(high - low) > Limits<T>::kMax ? splat(0.5f) : splat(1.0f);
+    low_half = rounded<T>(low * half);
+    step = rounded<T>(rounded<T>(rounded<T>(high * half) - low_half) / kLevels);
+  }
+
+  KIVI_INLINE Floats scale() const { return rounded<T>(step / half); }
+  KIVI_INLINE Floats zero() const { return low; }
+
+  KIVI_INLINE Words code(Floats x) const {
+    const Floats offset = rounded<T>(rounded<T>(x * half) - low_half);
+    Floats code = rounded<T>(offset / (step == 0.0f ? splat(1.0f) : step));
+    code = step == 0.0f ? Floats{} : min_or_nan(code, splat(kLevels));
+    return (Words)(code + kRoundingBias) & ((1u << BITS) - 1);
+  }
+};
+
+// Keys: a group is one channel of the G tokens, so the 16 channels of a vector are 16 groups.
+template <class T, int BITS>
+void quantize_keys(const Layout& layout, const GroupRows<T>& rows, char* tile) {
+  constexpr int kChannels = KeyCodes<BITS>::kChannels;
+  const int group_size = layout.group_size;
+  T* scales = reinterpret_cast<T*>(tile + layout.k_scale_offset);
+  T* zeros = reinterpret_cast<T*>(tile + layout.k_zero_offset);
+  for (int channel = 0; channel < layout.head_dim; channel += kLanes) {
+    Floats x[kMaxGroup];
+    Quantizer<T, BITS> quantizer;
+    for (int token = 0; token < group_size; ++token) {
+      x[token] = quantizer.finite(to_floats(rows.key[token] + channel));
+      quantizer.see(x[token]);
+    }
+    quantizer.seen_all();
+    from_floats(scales + channel, quantizer.scale());
+    from_floats(zeros + channel, quantizer.zero());
+    for (int token = 0; token < group_size; token += kLanes) {
+      Floats codes[kLanes];  // after the transpose [channel][token]
+      for (int i = 0; i < kLanes; ++i) codes[i] = (Floats)quantizer.code(x[token + i]);
+      transpose(codes);
+      for (int first = 0; first < kLanes; first += kChannels) {
+        Words word{};
+        for (int i = 0; i < kChannels; ++i) word |= (Words)codes[first + i] << (BITS * i);
+        const int64_t index = int64_t((channel + first) / kChannels) * group_size + token;
+        save(tile + layout.k_codes_offset + 4 * index, word);
+      }
+    }
+  }
+}
+
+// Values: a group is up to G channels of one token; the lanes of the quantizer are equal.
+template <class T, int BITS>
+void quantize_values(const Layout& layout, const GroupRows<T>& rows, char* tile) {
+  const int head_dim = layout.head_dim, group_size = layout.group_size;
+  T* scales = reinterpret_cast<T*>(tile + layout.v_scale_offset);
+  T* zeros = reinterpret_cast<T*>(tile + layout.v_zero_offset);
+  for (int octet = 0; octet < group_size / 8; ++octet) {
+    // Fields of a channel in place in its word; with 8 bits a channel has two words.
+    Words fields[2][kMaxHeadDim / kLanes] = {};
+    for (int i = 0; i < 8; ++i) {
+      const int token = 8 * octet + i, half_word = i / 4 * 16, slot = i % 4;
+      for (int group = 0; group < layout.num_value_groups; ++group) {
+        const int first = group * group_size, end = at_most(first + group_size, head_dim);
+        Quantizer<T, BITS> quantizer;
+        for (int channel = first; channel < end; channel += kLanes) {
+          quantizer.see(quantizer.finite(to_floats(rows.value[token] + channel)));
+        }
+        quantizer.low = splat(reduce<Min>(quantizer.low));
+        quantizer.high = splat(reduce<Max>(quantizer.high));
+        quantizer.seen_all();
+        T lanes[kLanes];
+        from_floats(lanes, quantizer.scale());
+        scales[group * group_size + token] = lanes[0];
+        from_floats(lanes, quantizer.zero());
+        zeros[group * group_size + token] = lanes[0];
+        for (int channel = first; channel < end; channel += kLanes) {
+          const Words code = quantizer.code(quantizer.finite(to_floats(rows.value[token] + channel)));
+          if constexpr (BITS == 2) {
+            fields[0][channel / kLanes] |= code << ((Words)(lane_index() & 1) * 8u + (half_word + 2 * slot));
+          } else if constexpr (BITS == 4) {
+            fields[0][channel / kLanes] |= code << (half_word + 4 * slot);
+          } else {
+            fields[slot / 2][channel / kLanes] |= code << (half_word + 8 * (slot % 2));
+          }
+        }
+      }
+    }
+    char* words = tile + layout.v_codes_offset + int64_t(octet) * head_dim * BITS;
+    for (int i = 0; i < head_dim / kLanes; ++i) {
+      char* out = words + i * kLanes * BITS;
+      if constexpr (BITS == 2) {  // two channels share a word
+        const Words pairs = fields[0][i] | swap<1>(fields[0][i]);
+        const Words packed =
+            __builtin_shufflevector(pairs, pairs, 0, 2, 4, 6, 8, 10, 12, 14, 0, 2, 4, 6, 8, 10, 12, 14);
+        std::memcpy(out, &packed, sizeof packed / 2);
+      } else if constexpr (BITS == 4) {
+        save(out, fields[0][i]);
+      } else {
+        save(out, interleave_low((Floats)fields[0][i], (Floats)fields[1][i]));
+        save(out + sizeof(Words), interleave_high((Floats)fields[0][i], (Floats)fields[1][i]));
+      }
+    }
+  }
+}
+
+// The bypass: the tile holds [G][D] keys, then [G][D] values.
+template <class T>
+void copy_tile(const Layout& layout, const GroupRows<T>& rows, char* tile) {
+  const int64_t row_bytes = layout.head_dim * sizeof(T);
+  for (int token = 0; token < layout.group_size; ++token) {
+    std::memcpy(tile + layout.k_codes_offset + token * row_bytes, rows.key[token], row_bytes);
+    std::memcpy(tile + layout.v_codes_offset + token * row_bytes, rows.value[token], row_bytes);
+  }
+}
+
+template <class T>
+void store_group(const StoreParams& params, int request, int head, int group) {
+  const Layout& layout = params.layout;
+  const int first_row = params.batch.query_start_loc[request];
+  const int num_new = params.batch.query_start_loc[request + 1] - first_row;
+  const int num_tokens = params.batch.seq_lens[request], num_old = num_tokens - num_new;
+  const int first = group * layout.group_size, end = first + layout.group_size;
+  const auto row = [&](const Rows& rows, int position) {
+    return static_cast<const T*>(rows.data) + (first_row + position - num_old) * rows.token_stride +
+           head * rows.head_stride;
+  };
+  const int64_t row_bytes = layout.head_dim * sizeof(T);
+  for (int position = at_least(first, num_old); position < at_most(end, num_tokens); ++position) {
+    T* token = full_token_of<T>(layout, params.full, request, head, position);
+    if (token == nullptr) continue;
+    std::memcpy(token, row(params.key, position), row_bytes);
+    std::memcpy(token + layout.head_dim, row(params.value, position), row_bytes);
+  }
+  if (end > num_tokens) return;
+  char* tile = tile_of(layout, params.quantized, request, head, first);
+  if (tile == nullptr) return;
+  GroupRows<T> rows;
+  for (int i = 0; i < layout.group_size; ++i) {
+    if (first + i >= num_old) {
+      rows.key[i] = row(params.key, first + i);
+      rows.value[i] = row(params.value, first + i);
+    } else {
+      const T* token = full_token_of<T>(layout, params.full, request, head, first + i);
+      if (token == nullptr) return;  // its tokens are gone, so the group cannot be what it should
+      rows.key[i] = token;
+      rows.value[i] = token + layout.head_dim;
+    }
+  }
+  if (layout.full_precision) {
+    copy_tile(layout, rows, tile);
+  } else {
+    with_bits(layout.k_bits, [&]<int BITS>() { quantize_keys<T, BITS>(layout, rows, tile); });
+    with_bits(layout.v_bits, [&]<int BITS>() { quantize_values<T, BITS>(layout, rows, tile); });
+  }
+}
+
+template <class T>
+void store_batch(const StoreParams& params, const Threads& threads) {
+  const Batch& batch = params.batch;
+  const int group_size = params.layout.group_size;
+  const auto first_group = [&](int request) {
+    return (batch.seq_lens[request] - batch.query_start_loc[request + 1] + batch.query_start_loc[request]) / group_size;
+  };
+  const auto num_groups = [&](int request) {
+    if (batch.query_start_loc[request + 1] == batch.query_start_loc[request]) return 0;
+    return (batch.seq_lens[request] - 1) / group_size + 1 - first_group(request);
+  };
+  int64_t count = 0;
+  for (int request = 0; request < batch.num_reqs; ++request) count += num_groups(request);
+  parallel(threads, count, [&](auto next) {
+    int request = 0;
+    int64_t first = 0;  // task of the request
+    for (int64_t task = next(); task >= 0; task = next()) {
+      while (task >= first + num_groups(request)) first += num_groups(request++);
+      for (int head = 0; head < params.layout.num_kv_heads; ++head) {
+        store_group<T>(params, request, head, first_group(request) + int(task - first));
+      }
+    }
+  });
+}
+
+inline void store(const StoreParams& params, const Threads& threads) {
+  switch (params.dtype) {
+    case Dtype::kFloat32:
+      return store_batch<float>(params, threads);
+    case Dtype::kBFloat16:
+      return store_batch<BFloat16>(params, threads);
+    case Dtype::kFloat16:
+      return store_batch<Float16>(params, threads);
+  }
+}
+
+}  // namespace kivi::cpu::KIVI_ISA

@@ -1,0 +1,73 @@
+"""Builds vllm_kivi._C; the rest is in pyproject.toml. Build with --no-build-isolation, against the torch that is there.
+
+One .so serves Python 3.11 and later (abi3) and torch 2.10 and later (libtorch's stable ABI).
+"""
+
+import os
+import platform
+from concurrent.futures import ThreadPoolExecutor
+
+from setuptools import setup
+from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+AVX512 = [f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni")]
+X86_FLAGS = {
+    "csrc/cpu/kernels_avx512.cpp": [*AVX512, "-mfma", "-mf16c", "-mprefer-vector-width=512"],
+    "csrc/cpu/kernels_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+    "csrc/cpu/kernels_portable.cpp": [],
+}
+OTHER_FLAGS = {"csrc/cpu/kernels_portable.cpp": []}
+KERNEL_FLAGS = X86_FLAGS if platform.machine() in ("x86_64", "AMD64") else OTHER_FLAGS
+
+COMMON_FLAGS = [
+    "-O3",
+    "-g0",
+    "-std=c++20",
+    "-fvisibility=hidden",
+    "-ffp-contract=fast",
+    "-Wno-psabi",
+    "-DTORCH_TARGET_VERSION=0x020A000000000000",
+]
+
+
+class PerSourceFlags(BuildExtension):
+    """Gives each kernel file the flags of its instruction set, and compiles files side by side.
+
+    torch's build through ninja would do the second, but has one set of flags for all files.
+    """
+
+    def build_extensions(self):
+        compiler = self.compiler
+        compile_one = compiler._compile
+
+        def compile_with_flags(obj, src, ext, cc_args, flags, pp_opts):
+            extra = next((flags for path, flags in KERNEL_FLAGS.items() if src.endswith(path)), [])
+            compile_one(obj, src, ext, cc_args, [*flags, *extra], pp_opts)
+
+        def compile_all(sources, output_dir, macros, include_dirs, debug, extra_postargs, depends):
+            _, objects, flags, pp_opts, build = compiler._setup_compile(
+                output_dir, macros, include_dirs, sources, depends, extra_postargs
+            )
+            cc_args = compiler._get_cc_args(pp_opts, debug, None)
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                list(pool.map(lambda obj: compiler._compile(obj, *build[obj], cc_args, flags, pp_opts), objects))
+            return objects
+
+        compiler._compile = compile_with_flags
+        compiler.compile = compile_all
+        super().build_extensions()
+
+
+setup(
+    ext_modules=[
+        CppExtension(
+            "vllm_kivi._C",
+            ["csrc/bindings.cpp", "csrc/cpu/dispatch.cpp", *KERNEL_FLAGS],
+            extra_compile_args={"cxx": COMMON_FLAGS},
+            extra_link_args=["-Wl,--strip-all"],
+            py_limited_api=True,
+        )
+    ],
+    cmdclass={"build_ext": PerSourceFlags.with_options(use_ninja=False)},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)

@@ -1,0 +1,128 @@
+"""The ops as torch sees them: schemas, fake implementations, errors."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+from conftest import Pool, filled_pool, int32, starts
+
+from vllm_kivi import ops
+from vllm_kivi.format import LAYOUT_FIELDS, KVFormat
+
+FMT = KVFormat("kivi2", 64, num_kv_heads=2, dtype="bfloat16", residual_length=32)
+
+
+def arguments() -> tuple[Pool, dict[str, Any]]:
+    pool, keys, values = filled_pool(FMT, [70, 40])
+    query = torch.randn(110, 6, 64).bfloat16()
+    return pool, {
+        "key": torch.cat(keys),
+        "value": torch.cat(values),
+        "output": torch.empty_like(query),
+        "query": query,
+        "quantized_pages": pool.quantized,
+        "full_pages": pool.full,
+        "quantized_block_table": pool.quantized_table,
+        "full_block_table": pool.full_table,
+        "query_start_loc": starts([70, 40]),
+        "seq_lens": int32([70, 40]),
+        "num_prompt_tokens": int32([70, 40]),
+        "scale": 0.125,
+        "logits_soft_cap": 0.0,
+        "layout": FMT.layout(),
+    }
+
+
+def call(name: str, given: dict[str, Any]) -> None:
+    op = getattr(ops.load_extension(), name).default
+    op(**{argument.name: given[argument.name] for argument in op._schema.arguments})
+
+
+@pytest.mark.parametrize("name", ["store", "decode", "prefill"])
+def test_opcheck(name: str) -> None:
+    """Schema (what is written to), fake implementation, and what torch.compile needs."""
+    _, given = arguments()
+    op = getattr(ops.load_extension(), name).default
+    torch.library.opcheck(op, tuple(given[argument.name] for argument in op._schema.arguments))
+
+
+@pytest.mark.parametrize("name", ["store", "decode", "prefill"])
+def test_wrappers_pass_every_argument(name: str) -> None:
+    """The wrapper and the op do the same."""
+    (first, given), (second, again) = arguments(), arguments()
+    names = [argument.name for argument in getattr(ops.load_extension(), name).default._schema.arguments]
+    again["query"] = given["query"]
+    call(name, given)
+    getattr(ops, name)(*(again[argument] for argument in names))
+    assert all(map(torch.equal, first.memory(), second.memory()))
+    assert name == "store" or torch.equal(given["output"], again["output"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layout": FMT.layout()[:-1]}, "layout has"),
+        ({"layout": KVFormat("kivi2", 128, num_kv_heads=2, dtype="bfloat16").layout()}, "must be"),
+        ({"layout": KVFormat("kivi2", 64, num_kv_heads=2, dtype="float32").layout()}, "elements of 4 bytes"),
+        ({"layout": KVFormat("kivi2", 64, num_kv_heads=3, dtype="bfloat16").layout()}, "num_kv_heads"),
+        ({"layout": KVFormat("kivi4", 64, num_kv_heads=2, dtype="bfloat16").layout()}, "the layout needs"),
+        ({"query": torch.zeros(110, 5, 64).bfloat16()}, "multiple of num_kv_heads"),
+        ({"query": torch.zeros(110, 6, 64).double()}, "float32, bfloat16 or float16"),
+        ({"output": torch.zeros(110, 6, 64)}, "another dtype"),
+        ({"output": torch.zeros(109, 6, 64).bfloat16()}, "rows"),
+        ({"output": torch.zeros(110, 6, 128).bfloat16()[..., ::2]}, "contiguous"),
+        ({"query_start_loc": int32([0, 70, 60])}, "must not decrease"),
+        ({"query_start_loc": int32([0, 70, 111])}, "tokens"),
+        ({"query_start_loc": torch.tensor([0, 70, 110])}, "int32"),
+        ({"seq_lens": int32([70])}, "seq_lens"),
+        ({"seq_lens": int32([60, 40])}, "70 rows but 60 tokens"),
+        ({"seq_lens": int32([70, 4000])}, "quantized_block_table covers"),
+        ({"full_block_table": torch.zeros(2, 3, dtype=torch.int32)}, "full_block_table covers"),
+        ({"quantized_block_table": torch.zeros(1, 9, dtype=torch.int32)}, "quantized_block_table must be"),
+        ({"full_pages": torch.zeros(9, 2, 8)}, "full_pages has 32 bytes"),
+        ({"quantized_pages": torch.zeros(9, 2, 1536, 2, dtype=torch.uint8)[..., 0]}, "contiguous within"),
+    ],
+)
+def test_bad_arguments_are_refused(changes: dict[str, Any], message: str) -> None:
+    _, given = arguments()
+    with pytest.raises(RuntimeError, match=message):
+        call("decode", given | changes)
+
+
+def test_bad_keys_are_refused() -> None:
+    _, given = arguments()
+    for name in ("store", "prefill"):
+        with pytest.raises(RuntimeError, match=r"value"):
+            call(name, given | {"value": given["value"][:, :1]})
+    with pytest.raises(RuntimeError, match="num_prompt_tokens"):
+        call("prefill", given | {"num_prompt_tokens": int32([70])})
+
+
+def test_set_isa() -> None:
+    best = ops.set_isa()
+    assert best in ("avx512", "avx2", "portable")
+    try:
+        assert ops.set_isa("portable") == "portable" == ops.set_isa()
+    finally:
+        ops.set_isa(best)
+    with pytest.raises(RuntimeError, match=f"'sse' is not available; accepted: .*{best}.*portable"):
+        ops.set_isa("sse")
+
+
+def test_layout_fields_match() -> None:
+    assert ops.load_extension().layout_fields() == ",".join(LAYOUT_FIELDS)
+
+
+def test_another_layout_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "LAYOUT_FIELDS", (*LAYOUT_FIELDS, "one_more"))
+    with pytest.raises(ImportError, match="another layout"):
+        ops.load_extension.__wrapped__()
+
+
+def test_missing_extension_says_how_to_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm_kivi._C", None)
+    with pytest.raises(ImportError, match=r"pip install -e \. --no-build-isolation"):
+        ops.load_extension.__wrapped__()

@@ -1,0 +1,164 @@
+"""torch.ops.vllm_kivi: what the compiled extension does, as typed functions. No arithmetic here.
+
+The extension (csrc/, built by setup.py) is loaded at the first call, so importing this module costs nothing.
+
+Arguments that the three ops share:
+    key, value: [num_tokens, num_kv_heads, head_dim] in the model's dtype: float32, bfloat16 or float16.
+    query, output: [num_tokens, num_heads, head_dim]; num_heads is any multiple of num_kv_heads. Rows from
+        query_start_loc[-1] on are padding: neither read nor written.
+    quantized_pages, full_pages: vLLM's views of its pool in any dtype: [num_blocks, num_kv_heads, ...], contiguous in a
+        block and head. Blocks and heads may be padded or strided.
+    quantized_block_table, full_block_table: int32 [num_reqs, max_blocks]; 0 is the null block.
+    query_start_loc: int32 [num_reqs + 1]; row i of request r is its token seq_lens[r] - (rows of r) + i.
+    seq_lens: int32 [num_reqs], tokens of each request including this step's.
+    scale: what q . k is multiplied by. logits_soft_cap: 0 for none, else logits become cap * tanh(logits / cap).
+    layout: KVFormat.layout().
+All raise RuntimeError when a tensor does not fit the layout.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_kivi.format import LAYOUT_FIELDS
+
+
+@functools.cache
+def load_extension() -> Any:
+    """Loads the extension once and returns torch.ops.vllm_kivi.
+
+    Raises:
+        ImportError: the extension is not built, or was built for another layout.
+    """
+    try:
+        importlib.import_module("vllm_kivi._C")
+    except ImportError as error:
+        raise ImportError(
+            f"kivi: the compiled extension does not load ({error}). Build it against the installed torch with "
+            "`pip install --no-build-isolation vllm-kivi`, or in a checkout: `pip install -e . --no-build-isolation`"
+        ) from error
+    ops = torch.ops.vllm_kivi
+    built_for = ops.layout_fields()
+    if built_for != ",".join(LAYOUT_FIELDS):
+        raise ImportError(
+            f"kivi: the compiled extension was built for another layout ({built_for}); build it again with "
+            "`pip install -e . --no-build-isolation`"
+        )
+    for name in ("store", "decode", "prefill"):
+        # All three only write to their arguments, so there is nothing for a fake implementation to return.
+        torch.library.register_fake(f"vllm_kivi::{name}", _nothing)
+    return ops
+
+
+def _nothing(*args: object) -> None:
+    return None
+
+
+def store(
+    key: Tensor,
+    value: Tensor,
+    quantized_pages: Tensor,
+    full_pages: Tensor,
+    quantized_block_table: Tensor,
+    full_block_table: Tensor,
+    query_start_loc: Tensor,
+    seq_lens: Tensor,
+    layout: Sequence[int],
+) -> None:
+    """Writes new tokens to full-precision pages and quantizes the groups whose last token is among them.
+
+    Tokens without a full-precision page (null block) are only quantized; groups without a quantized page are skipped.
+    """
+    load_extension().store(
+        key,
+        value,
+        quantized_pages,
+        full_pages,
+        quantized_block_table,
+        full_block_table,
+        query_start_loc,
+        seq_lens,
+        layout,
+    )
+
+
+def decode(
+    output: Tensor,
+    query: Tensor,
+    quantized_pages: Tensor,
+    full_pages: Tensor,
+    quantized_block_table: Tensor,
+    full_block_table: Tensor,
+    query_start_loc: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+    logits_soft_cap: float,
+    layout: Sequence[int],
+) -> None:
+    """Attends few rows a request, whose tokens are all stored, and writes `output`.
+
+    The row at position p reads sinks and tokens from boundary(p + 1) on in full precision, the rest quantized.
+    """
+    load_extension().decode(
+        output,
+        query,
+        quantized_pages,
+        full_pages,
+        quantized_block_table,
+        full_block_table,
+        query_start_loc,
+        seq_lens,
+        scale,
+        logits_soft_cap,
+        layout,
+    )
+
+
+def prefill(
+    output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    quantized_pages: Tensor,
+    full_pages: Tensor,
+    quantized_block_table: Tensor,
+    full_block_table: Tensor,
+    query_start_loc: Tensor,
+    seq_lens: Tensor,
+    num_prompt_tokens: Tensor,
+    scale: float,
+    logits_soft_cap: float,
+    layout: Sequence[int],
+) -> None:
+    """Attends the rows of chunks, already stored, and writes `output`.
+
+    Rows of the prompt (positions below num_prompt_tokens, int32 [num_reqs]) read the chunk's own tokens from `key` and
+    `value`; rows after it, which a preempted request recomputes, read what they read when they were decoded.
+    """
+    load_extension().prefill(
+        output,
+        query,
+        key,
+        value,
+        quantized_pages,
+        full_pages,
+        quantized_block_table,
+        full_block_table,
+        query_start_loc,
+        seq_lens,
+        num_prompt_tokens,
+        scale,
+        logits_soft_cap,
+        layout,
+    )
+
+
+def set_isa(name: str = "") -> str:
+    """Chooses the CPU kernels ("avx512", "avx2" or "portable"), for tests; returns the name of those in use."""
+    return load_extension().set_isa(name)

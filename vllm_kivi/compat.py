@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
-SUPPORTED = ((0, 32), (0, 33))
+SUPPORTED = ((0, 32),)
 
 _runner_prompt_tokens: torch.Tensor | None = None
 

@@ -59,6 +59,11 @@ KIVI_INLINE void find_tiles(const AttentionParams& params, int request, int head
   }
 }
 
+// For what is needed at once and in full, where Prefetcher comes too late.
+KIVI_INLINE void prefetch(const void* data, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(data) + i, 0, 2);
+}
+
 // Tokens [first, end) from quantized pages; `end` is a multiple of the group size.
 template <class T, int ROWS>
 void attend_quantized(const AttentionParams& params, int request, int head, int first, int end, RowBlock& block) {
@@ -69,6 +74,9 @@ void attend_quantized(const AttentionParams& params, int request, int head, int 
   int start = first / group_size * group_size;
   int num_tiles = at_most(end - start, kBlockTokens) / group_size;
   find_tiles(params, request, head, start, num_tiles, tiles[0]);
+  for (int i = 0; i < num_tiles; ++i) {
+    if (tiles[0][i] != nullptr) prefetch(tiles[0][i], layout.tile_bytes);
+  }
   const int lines_per_step = (layout.tile_bytes / 64 - 1) / Prefetcher::steps_per_tile(layout) + 1;
   for (int parity = 0; num_tiles > 0; parity ^= 1) {
     const int next = start + num_tiles * group_size, num_next = at_most(end - next, kBlockTokens) / group_size;
@@ -157,7 +165,9 @@ void attend_full(const AttentionParams& params, int request, int head, int first
     int count = 0;
     for (int position = start; position < at_most(start + kBlockTokens, end); ++position) {
       const T* token = full_token_of<T>(params.layout, params.full, request, head, position);
-      if (token != nullptr) tokens[count++] = token;
+      if (token == nullptr) continue;
+      prefetch(token, 2 * params.layout.head_dim * sizeof(T));
+      tokens[count++] = token;
     }
     attend_tokens<T>(params, tokens, count, params.layout.head_dim, block, first_row, end_row);
   }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from vllm_kivi import ops
 from vllm_kivi.format import KVFormat
+
+# Engines of the tests run in this process: a start takes seconds instead of half a minute, and tests can look inside.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 POISON = 0xFF  # as bytes; as float32, bfloat16 and float16 it is NaN
 

@@ -6,6 +6,7 @@ One .so serves Python 3.11 and later (abi3) and torch 2.10 and later (libtorch's
 import os
 import platform
 from concurrent.futures import ThreadPoolExecutor
+from glob import glob
 
 from setuptools import setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
@@ -26,6 +27,7 @@ COMMON_FLAGS = [
     "-fvisibility=hidden",
     "-ffp-contract=fast",
     "-Wno-psabi",
+    "-Wno-maybe-uninitialized",  # GCC 12 warns of its own AVX-512 headers
     "-DTORCH_TARGET_VERSION=0x020A000000000000",
 ]
 
@@ -63,6 +65,7 @@ setup(
         CppExtension(
             "vllm_kivi._C",
             ["csrc/bindings.cpp", "csrc/cpu/dispatch.cpp", *KERNEL_FLAGS],
+            depends=["setup.py", *glob("csrc/**/*.h", recursive=True)],
             extra_compile_args={"cxx": COMMON_FLAGS},
             extra_link_args=["-Wl,--strip-all"],
             py_limited_api=True,

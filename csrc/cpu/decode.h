@@ -100,7 +100,7 @@ void attend_quantized(const AttentionParams& params, int request, int head, int 
 
 // ---------------------------------------------------------------------------------------------- full-precision tokens
 
-// scores[first_row + i][first ... first + 15] of 16 keys.
+// scores[first_row + i][first ... first + kLanes - 1] of as many keys.
 template <class T, int ROWS>
 void key_scores(int head_dim, const T* const* keys, RowBlock& block, int first_row, int first) {
   Floats partial[ROWS][kLanes];

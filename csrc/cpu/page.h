@@ -9,7 +9,7 @@ namespace kivi::cpu::KIVI_ISA {
 
 constexpr int kMaxHeadDim = 256;
 constexpr int kMaxGroup = 128;
-// Value codes are unpacked 32 channels at a time, which never cross a value group.
+// Value codes are unpacked two vectors of channels at a time, which never cross a value group.
 constexpr int kUnitChannels = 2 * kLanes;
 
 KIVI_INLINE int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
@@ -47,7 +47,7 @@ template <int BITS>
 constexpr uint32_t kByteMask = ((1u << BITS) - 1) * 0x01010101u;
 
 // Key codes: a word is the BITS-bit codes of one token's 32 / BITS consecutive channels, first channel lowest; word
-// [channel / (32 / BITS)][token]. So 16 consecutive words are the same channels of 16 tokens.
+// [channel / (32 / BITS)][token]. So consecutive words are the same channels of consecutive tokens.
 template <int BITS>
 struct KeyCodes {
   static constexpr int kChannels = 32 / BITS;  // of a word
@@ -78,23 +78,23 @@ struct KeyCodes {
   }
 };
 
-// Value codes: eight tokens (an octet) of 32 channels. Slot 4 * channel + token % 4 of BITS bits, 16 / BITS slots to a
-// half-word; the low half-words hold tokens 0-3, the high ones tokens 4-7.
+// Value codes: eight tokens (an octet) of a unit of channels. Slot 4 * channel + token % 4 of BITS bits, 16 / BITS
+// slots to a half-word; the low half-words hold tokens 0-3, the high ones tokens 4-7.
 template <int BITS>
 struct ValueCodes {
   static constexpr int kVectors = BITS / 2;  // of words
   Words words[kVectors];
 
-  // Where head_dim is no multiple of 32 the last unit of the last octet reads past the codes: into the scales of the
-  // same tile, which are not empty. The channels beyond head_dim are never used.
+  // Where head_dim is no multiple of the unit the last one of the last octet reads past the codes: into the scales of
+  // the same tile, which are not empty. The channels beyond head_dim are never used.
   KIVI_INLINE ValueCodes(const char* tile, const Layout& layout, int octet, int channel) {
     const char* codes = tile + layout.v_codes_offset + int64_t(octet) * layout.head_dim * BITS;
     for (int i = 0; i < kVectors; ++i) words[i] = load<Words>(codes + channel * BITS + i * sizeof(Words));
     if constexpr (BITS == 8) {  // even words hold tokens 0, 1, 4, 5 and odd ones 2, 3, 6, 7: part them
       for (int i = 0; i < kVectors; i += 2) {
         const Words a = words[i], b = words[i + 1];
-        words[i] = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-        words[i + 1] = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+        words[i] = even_lanes(a, b);
+        words[i + 1] = odd_lanes(a, b);
       }
     }
   }

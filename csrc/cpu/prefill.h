@@ -21,12 +21,9 @@ constexpr int kChunkTokens = 32;  // divides every group size
 #if defined(__AVX512F__)
 constexpr int kGemmRows = 6;  // 24 accumulators of 32 registers
 constexpr int kGemmVectors = 4;
-#elif defined(__AVX2__)
-constexpr int kGemmRows = 6;  // 12 accumulators of 16 half-size registers
-constexpr int kGemmVectors = 1;
 #else
-constexpr int kGemmRows = 2;
-constexpr int kGemmVectors = 1;
+constexpr int kGemmRows = 6;  // 12 of 16
+constexpr int kGemmVectors = 2;
 #endif
 
 // Up to 64 context tokens as floats.
@@ -147,9 +144,9 @@ void fill_full(const Layout& layout, int start, int end, TokenTile& out, const R
 template <int VECTORS>
 void gemm(const float* a, int a_stride, const float* b, int b_stride, float* c, int c_stride, int depth,
           bool accumulate) {
-  for (int start = 0; start < depth; start += kLanes) {
+  for (int start = 0; start < depth; start += 16) {
     Floats sums[kGemmRows][VECTORS] = {};
-    for (int k = start; k < start + kLanes; ++k) {
+    for (int k = start; k < start + 16; ++k) {
       Floats column[VECTORS];
       for (int i = 0; i < VECTORS; ++i) column[i] = load<Floats>(b + k * b_stride + i * kLanes);
       for (int row = 0; row < kGemmRows; ++row) {
@@ -203,7 +200,7 @@ KIVI_INLINE uint64_t bit_range(int first, int end, int start) {
 
 KIVI_INLINE void mask_scores(float* scores, uint64_t visible) {
   for (int token = 0; token < kTileTokens; token += kLanes) {
-    const Ints bits = Ints{} + int32_t(visible >> token & 0xffff);
+    const Ints bits = Ints{} + int32_t(visible >> token & ((1u << kLanes) - 1));
     const Ints seen = (bits >> lane_index() & 1) != 0;
     save(scores + token, seen ? load<Floats>(scores + token) : splat(-kInfinity));
   }

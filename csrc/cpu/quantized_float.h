@@ -1,22 +1,19 @@
 // Scores and values of quantized tiles in float32: for float32 models, and where there are no dot products of bytes.
 //
 // * keys: scale and zero are per channel, so q * scale is folded once per tile and q . zero is added at the end. The
-// loop
-//   over codes is shift + table lookup for 16 tokens and one FMA per row, and needs no reduction: lanes are tokens.
+//   loop over codes is shift + table lookup for a vector of tokens and one FMA per row; there is no reduction, as lanes
+//   are tokens.
 // * values: scale and zero are per token, so they are folded into the softmax weights; lanes are channels.
-// Bound by instructions: a shift, a lookup and a FMA per row for 16 codes. So that folding costs no accuracy, codes are
-// taken from their middle (terms of either sign and half the size), and sums of at most 32 terms are added up.
+// Bound by instructions: a shift, a lookup and a FMA per row for a vector of codes. So that folding costs no accuracy,
+// codes are taken from their middle (terms of either sign and half the size), and sums of at most 32 terms are added
+// up.
 #pragma once
 
 #include "row_block.h"
 
 namespace kivi::cpu::KIVI_ISA {
 
-#if defined(__AVX512F__)
 constexpr int kTokenVectors = 2;  // accumulators of a row, to hide the latency of the FMA
-#else
-constexpr int kTokenVectors = 1;  // half as many registers of half the size
-#endif
 
 // What a block of tokens needs besides a RowBlock.
 struct alignas(64) FloatBlock {
@@ -48,8 +45,8 @@ void tile_scores(const Layout& layout, const char* tile, int index, const FloatB
   for (int token = 0; token < layout.group_size; token += kTokenVectors * kLanes) {
     Floats sums[ROWS][kTokenVectors] = {};
     for (int channel = 0; channel < layout.head_dim; channel += Codes::kChannels) {
-      if (channel % kLanes == 0 && token % 32 == 0) {
-        ahead.step(index, token / 32 * (layout.head_dim / kLanes) + channel / kLanes);
+      if (channel % 16 == 0 && token % 32 == 0) {
+        ahead.step(index, token / 32 * (layout.head_dim / 16) + channel / 16);
       }
       Words words[kTokenVectors];
       for (int i = 0; i < kTokenVectors; ++i) words[i] = Codes::words(tile, layout, channel, token + i * kLanes);
@@ -97,19 +94,19 @@ void fold_value_scale(const Layout& layout, const char* const* tiles, int num_ti
   for (int row = 0; row < ROWS; ++row) folded.offset[row] = reduce<Add>(offset[row]);
 }
 
-// Adds weights . codes of 32 channels to the sums; channels past head_dim land in the padding of `sums`.
+// Adds weights . codes of a unit of channels to the sums; channels past head_dim land in the padding of `sums`.
 template <int BITS, int ROWS>
 void unit_values(const Layout& layout, const char* const* tiles, int num_tiles, int channel, const FloatBlock& folded,
                  RowBlock& block, const Prefetcher& ahead) {
-  const int first_step =
-      Prefetcher::steps_per_tile(layout) / 2 + channel / kUnitChannels * (layout.group_size / kLanes);
   Floats sums[ROWS][2];
   for (int row = 0; row < ROWS; ++row) sums[row][0] = sums[row][1] = splat(folded.offset[row]);
   Floats part[ROWS][2];
   for (int i = 0; i < num_tiles; ++i) {
     if (tiles[i] == nullptr) continue;
     for (int octet = 0; octet < layout.group_size / 8; ++octet) {
-      if (octet % 2 == 0) ahead.step(i, first_step + octet / 2);
+      for (int byte = channel; octet % 4 == 0 && byte < channel + kUnitChannels; byte += 16) {
+        ahead.step(i, Prefetcher::steps_per_tile(layout) / 2 + byte / 16 * (layout.group_size / 32) + octet / 4);
+      }
       if (octet % 4 == 0) {
         for (int row = 0; row < ROWS; ++row) part[row][0] = part[row][1] = Floats{};
       }

@@ -6,7 +6,11 @@
 
 namespace kivi::cpu::KIVI_ISA {
 
+#if defined(__AVX512F__)
 constexpr int kMaxRows = 4;
+#else
+constexpr int kMaxRows = 3;  // more would not fit in 16 registers
+#endif
 constexpr int kBlockTokens = 256;
 constexpr int kBlockTiles = kBlockTokens / 32;
 
@@ -27,12 +31,12 @@ struct Prefetcher {
 
   // Scores and values each take a step for 32 tokens of 16 channels.
   KIVI_INLINE static int steps_per_tile(const Layout& layout) {
-    return 2 * (layout.group_size / 32) * (layout.head_dim / kLanes);
+    return 2 * (layout.group_size / 32) * (layout.head_dim / 16);
   }
 
   KIVI_INLINE void step(int tile, int index) const {
     const char* lines = tiles[tile] + index * lines_per_step * 64;
-    for (int i = 0; i < lines_per_step; ++i) __builtin_prefetch(lines + i * 64, 0, 2);
+    for (int i = 0; i < lines_per_step; ++i) __builtin_prefetch(lines + i * 64);
   }
 };
 

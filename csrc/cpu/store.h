@@ -59,7 +59,7 @@ struct Quantizer {
   }
 };
 
-// Keys: a group is one channel of the G tokens, so the 16 channels of a vector are 16 groups.
+// Keys: a group is one channel of the G tokens, so the channels of a vector are so many groups.
 template <class T, int BITS>
 void quantize_keys(const Layout& layout, const GroupRows<T>& rows, char* tile) {
   constexpr int kChannels = KeyCodes<BITS>::kChannels;
@@ -80,11 +80,14 @@ void quantize_keys(const Layout& layout, const GroupRows<T>& rows, char* tile) {
       Floats codes[kLanes];  // after the transpose [channel][token]
       for (int i = 0; i < kLanes; ++i) codes[i] = (Floats)quantizer.code(x[token + i]);
       transpose(codes);
-      for (int first = 0; first < kLanes; first += kChannels) {
-        Words word{};
-        for (int i = 0; i < kChannels; ++i) word |= (Words)codes[first + i] << (BITS * i);
-        const int64_t index = int64_t((channel + first) / kChannels) * group_size + token;
-        save(tile + layout.k_codes_offset + 4 * index, word);
+      // A vector of channels is part of a word or some words.
+      constexpr int kPart = kChannels < kLanes ? kChannels : kLanes;
+      for (int first = 0; first < kLanes; first += kPart) {
+        const int field = (channel + first) % kChannels;
+        char* out = tile + layout.k_codes_offset + 4 * (int64_t((channel + first) / kChannels) * group_size + token);
+        Words word = field == 0 ? Words{} : load<Words>(out);
+        for (int i = 0; i < kPart; ++i) word |= (Words)codes[first + i] << (BITS * (field + i));
+        save(out, word);
       }
     }
   }
@@ -132,14 +135,13 @@ void quantize_values(const Layout& layout, const GroupRows<T>& rows, char* tile)
       char* out = words + i * kLanes * BITS;
       if constexpr (BITS == 2) {  // two channels share a word
         const Words pairs = fields[0][i] | swap<1>(fields[0][i]);
-        const Words packed =
-            __builtin_shufflevector(pairs, pairs, 0, 2, 4, 6, 8, 10, 12, 14, 0, 2, 4, 6, 8, 10, 12, 14);
+        const Words packed = even_lanes(pairs, pairs);
         std::memcpy(out, &packed, sizeof packed / 2);
       } else if constexpr (BITS == 4) {
         save(out, fields[0][i]);
       } else {
-        save(out, interleave_low((Floats)fields[0][i], (Floats)fields[1][i]));
-        save(out + sizeof(Words), interleave_high((Floats)fields[0][i], (Floats)fields[1][i]));
+        save(out, interleave_low(fields[0][i], fields[1][i]));
+        save(out + sizeof(Words), interleave_high(fields[0][i], fields[1][i]));
       }
     }
   }

@@ -1,10 +1,10 @@
-// Vectors of 16 lanes, whatever the machine: the compiler splits them into two 256-bit or four 128-bit registers where
-// AVX-512 is missing. Written with the vector extensions of GCC and Clang; intrinsics only where they save
-// instructions.
+// Vectors as wide as the machine's registers: 16 lanes with AVX-512, 8 with AVX2, else 4. Written with the vector
+// extensions of GCC and Clang; intrinsics only where they save instructions.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -14,12 +14,18 @@
 
 namespace kivi::cpu::KIVI_ISA {
 
+#if defined(__AVX512F__)
 constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
 
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
 
 constexpr float kInfinity = __builtin_inff();
 constexpr float kLog2E = 1.44269504088896340736f;
@@ -40,7 +46,19 @@ KIVI_INLINE void save(void* p, V v) {
   std::memcpy(p, &v, sizeof v);
 }
 
-KIVI_INLINE Ints lane_index() { return Ints{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
+using Lanes = std::make_integer_sequence<int, kLanes>;
+
+template <int... LANE>
+KIVI_INLINE Ints indices(std::integer_sequence<int, LANE...>) {
+  return Ints{LANE...};
+}
+KIVI_INLINE Ints lane_index() { return indices(Lanes{}); }
+
+// Lane i of the result is lane Source::of(i) of a and b, b's lanes counting from kLanes.
+template <class Source, class V, int... LANE>
+KIVI_INLINE V shuffled(V a, V b, std::integer_sequence<int, LANE...>) {
+  return __builtin_shufflevector(a, b, Source::of(LANE)...);
+}
 
 // Both let a NaN in `a` through, so that it is seen and not replaced by a limit.
 KIVI_INLINE Floats max_or_nan(Floats a, Floats b) { return a < b ? b : a; }
@@ -60,27 +78,24 @@ struct Min {
   static KIVI_INLINE Floats of(Floats a, Floats b) { return min_or_nan(a, b); }
 };
 
-// Lane l of the result is lane l ^ WIDTH of v.
+template <int WIDTH>
+struct Swapped {
+  static constexpr int of(int lane) { return lane ^ WIDTH; }
+};
+
+// Lane i of the result is lane i ^ WIDTH of v.
 template <int WIDTH, class V>
 KIVI_INLINE V swap(V v) {
-  static_assert(WIDTH == 1 || WIDTH == 2 || WIDTH == 4 || WIDTH == 8);
-  if constexpr (WIDTH == 8) {
-    return __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
-  } else if constexpr (WIDTH == 4) {
-    return __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
-  } else if constexpr (WIDTH == 2) {
-    return __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
-  } else {
-    return __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
-  }
+  return shuffled<Swapped<WIDTH>>(v, v, Lanes{});
 }
 
-template <class Op>
+template <class Op, int WIDTH = kLanes / 2>
 KIVI_INLINE float reduce(Floats v) {
-  v = Op::of(v, swap<8>(v));
-  v = Op::of(v, swap<4>(v));
-  v = Op::of(v, swap<2>(v));
-  return Op::of(v, swap<1>(v))[0];
+  if constexpr (WIDTH == 0) {
+    return v[0];
+  } else {
+    return reduce<Op, WIDTH / 2>(Op::of(v, swap<WIDTH>(v)));
+  }
 }
 
 template <int WIDTH, class Op>
@@ -92,22 +107,47 @@ KIVI_INLINE void reduce_pairs(Floats* v) {
   }
 }
 
-// Lane i of the result is the reduction of v[i]: 15 steps for 16 vectors instead of 64. Overwrites v.
-template <class Op>
+// Lane i of the result is the reduction of v[i], of kLanes vectors: 15 steps for 16 of them instead of 64. Overwrites
+// v.
+template <class Op, int WIDTH = kLanes / 2>
 KIVI_INLINE Floats reduce_each(Floats* v) {
-  reduce_pairs<8, Op>(v);
-  reduce_pairs<4, Op>(v);
-  reduce_pairs<2, Op>(v);
-  reduce_pairs<1, Op>(v);
+  if constexpr (WIDTH > 0) {
+    reduce_pairs<WIDTH, Op>(v);
+    reduce_each<Op, WIDTH / 2>(v);
+  }
   return v[0];
 }
 
+struct InterleavedLow {
+  static constexpr int of(int lane) { return lane / 2 + lane % 2 * kLanes; }
+};
+struct InterleavedHigh {
+  static constexpr int of(int lane) { return kLanes / 2 + InterleavedLow::of(lane); }
+};
+struct Even {
+  static constexpr int of(int lane) { return 2 * lane; }
+};
+struct Odd {
+  static constexpr int of(int lane) { return 2 * lane + 1; }
+};
+
 // a0 b0 a1 b1 ...: the first and the second half of the lanes.
-KIVI_INLINE Floats interleave_low(Floats a, Floats b) {
-  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+template <class V>
+KIVI_INLINE V interleave_low(V a, V b) {
+  return shuffled<InterleavedLow>(a, b, Lanes{});
 }
-KIVI_INLINE Floats interleave_high(Floats a, Floats b) {
-  return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+template <class V>
+KIVI_INLINE V interleave_high(V a, V b) {
+  return shuffled<InterleavedHigh>(a, b, Lanes{});
+}
+// Every other lane of a, then of b.
+template <class V>
+KIVI_INLINE V even_lanes(V a, V b) {
+  return shuffled<Even>(a, b, Lanes{});
+}
+template <class V>
+KIVI_INLINE V odd_lanes(V a, V b) {
+  return shuffled<Odd>(a, b, Lanes{});
 }
 
 template <int WIDTH>
@@ -122,11 +162,12 @@ KIVI_INLINE void transpose_step(Floats* v) {
 }
 
 // v[i][j] <-> v[j][i]
+template <int WIDTH = kLanes / 2>
 KIVI_INLINE void transpose(Floats* v) {
-  transpose_step<8>(v);
-  transpose_step<4>(v);
-  transpose_step<2>(v);
-  transpose_step<1>(v);
+  if constexpr (WIDTH > 0) {
+    transpose_step<WIDTH>(v);
+    transpose<WIDTH / 2>(v);
+  }
 }
 
 // --------------------------------------------------------------------------------------------------------- data types
@@ -193,6 +234,8 @@ KIVI_INLINE Floats to_floats(const float* p) { return load<Floats>(p); }
 KIVI_INLINE Floats to_floats(const BFloat16* p) {
 #if defined(__AVX512F__)
   return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load<__m256i>(p)), 16);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(load<__m128i>(p)), 16);
 #else
   return (Floats)(__builtin_convertvector(load<Halves>(p), Words) << 16);
 #endif
@@ -201,14 +244,11 @@ KIVI_INLINE Floats to_floats(const BFloat16* p) {
 KIVI_INLINE Floats to_floats(const Float16* p) {
 #if defined(__AVX512F__)
   return (Floats)_mm512_cvtph_ps(load<__m256i>(p));
+#elif defined(__F16C__)
+  return (Floats)_mm256_cvtph_ps(load<__m128i>(p));
 #else
   Floats v;
-#if defined(__F16C__)
-  save(&v, _mm256_cvtph_ps(load<__m128i>(p)));
-  save((char*)&v + 32, _mm256_cvtph_ps(load<__m128i>(p + 8)));
-#else
   for (int i = 0; i < kLanes; ++i) v[i] = half_to_float(p[i].bits);
-#endif
   return v;
 #endif
 }
@@ -230,8 +270,7 @@ KIVI_INLINE void from_floats(Float16* p, Floats v) {
 #if defined(__AVX512F__)
   save(p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #elif defined(__F16C__)
-  save(p, _mm256_cvtps_ph(load<__m256>(&v), _MM_FROUND_TO_NEAREST_INT));
-  save(p + 8, _mm256_cvtps_ph(load<__m256>((char*)&v + 32), _MM_FROUND_TO_NEAREST_INT));
+  save(p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 #else
   for (int i = 0; i < kLanes; ++i) p[i].bits = float_to_half(v[i]);
 #endif
@@ -271,11 +310,8 @@ KIVI_INLINE Floats low_bits(Words w, float from = 0.0f) {
   }
 #elif defined(__AVX2__)
   if constexpr (BITS == 2) {
-    const __m256 table = _mm256_sub_ps(_mm256_setr_ps(0, 1, 2, 3, 0, 1, 2, 3), _mm256_set1_ps(from));
-    Floats v;
-    save(&v, _mm256_permutevar_ps(table, load<__m256i>(&w)));
-    save((char*)&v + 32, _mm256_permutevar_ps(table, load<__m256i>((char*)&w + 32)));
-    return v;
+    const Floats table = Floats{0, 1, 2, 3, 0, 1, 2, 3} - from;
+    return (Floats)_mm256_permutevar_ps((__m256)table, (__m256i)w);
   }
 #endif
   return __builtin_convertvector((Ints)(w & ((1u << BITS) - 1)), Floats) - from;

@@ -1,6 +1,7 @@
 """Builds vllm_kivi._C; the rest is in pyproject.toml. Build with --no-build-isolation, against the torch that is there.
 
-One .so serves Python 3.11 and later (abi3) and torch 2.10 and later (libtorch's stable ABI).
+One .so serves Python 3.11 and later (abi3) and torch 2.10 and later (libtorch's stable ABI). CUDA kernels are built where
+torch is a CUDA build, or with torch's own FORCE_CUDA=1; TORCH_CUDA_ARCH_LIST chooses architectures, as for any extension.
 """
 
 import os
@@ -8,7 +9,9 @@ import platform
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 
+import torch
 from setuptools import setup
+from torch.utils import cpp_extension
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 AVX512 = [f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni")]
@@ -31,6 +34,21 @@ COMMON_FLAGS = [
     "-DTORCH_TARGET_VERSION=0x020A000000000000",
 ]
 
+# torch does not look for CUDA where it is a CPU build itself.
+FORCE_CUDA = os.environ.get("FORCE_CUDA") == "1"
+if FORCE_CUDA and cpp_extension.CUDA_HOME is None:
+    cpp_extension.CUDA_HOME = cpp_extension._find_cuda_home()
+CUDA_HOME = cpp_extension.CUDA_HOME
+WITH_CUDA = CUDA_HOME is not None and (torch.version.cuda is not None or FORCE_CUDA)
+# sm_90a is tuned; PTX of compute_80 serves GPUs in between.
+ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0+PTX 9.0a 10.0 12.0").replace(";", " ").split()
+NVCC_FLAGS = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+for architecture in ARCHITECTURES:
+    number = architecture.removesuffix("+PTX").replace(".", "")
+    NVCC_FLAGS.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+    if architecture.endswith("+PTX"):
+        NVCC_FLAGS.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+
 
 class PerSourceFlags(BuildExtension):
     """Gives each kernel file the flags of its instruction set, and compiles files side by side.
@@ -43,6 +61,9 @@ class PerSourceFlags(BuildExtension):
         compile_one = compiler._compile
 
         def compile_with_flags(obj, src, ext, cc_args, flags, pp_opts):
+            if ext == ".cu":
+                compiler.spawn([os.path.join(CUDA_HOME, "bin", "nvcc"), *NVCC_FLAGS, "-c", src, "-o", obj])
+                return
             extra = next((flags for path, flags in KERNEL_FLAGS.items() if src.endswith(path)), [])
             compile_one(obj, src, ext, cc_args, [*flags, *extra], pp_opts)
 
@@ -64,8 +85,17 @@ setup(
     ext_modules=[
         CppExtension(
             "vllm_kivi._C",
-            ["csrc/bindings.cpp", "csrc/cpu/dispatch.cpp", *KERNEL_FLAGS],
-            depends=["setup.py", *glob("csrc/**/*.h", recursive=True)],
+            [
+                "csrc/bindings.cpp",
+                "csrc/cpu/dispatch.cpp",
+                *KERNEL_FLAGS,
+                *(sorted(glob("csrc/instantiate/*.cu")) if WITH_CUDA else []),
+            ],
+            depends=["setup.py", *(path for end in ("h", "cuh", "inc") for path in glob(f"csrc/**/*.{end}", recursive=True))],
+            define_macros=[("KIVI_CUDA", None)] if WITH_CUDA else [],
+            # CUDA's runtime is linked statically: the file loads where there is none.
+            library_dirs=[os.path.join(CUDA_HOME, "lib64")] if WITH_CUDA else [],
+            libraries=["cudart_static", "rt", "dl", "pthread"] if WITH_CUDA else [],
             extra_compile_args={"cxx": COMMON_FLAGS},
             extra_link_args=["-Wl,--strip-all"],
             py_limited_api=True,

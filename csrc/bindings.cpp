@@ -6,11 +6,19 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu/kernels.h"
 #include "params.h"
+#ifdef KIVI_CUDA
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "cuda_kernels.h"
+#endif
 
 namespace {
 
@@ -64,9 +72,13 @@ void check_layout_dtype(const kivi::Layout& layout, size_t element_size) {
                   " bytes, the tensors have ", element_size);
 }
 
+void check_device(const Tensor& tensor, const char* name, const Tensor& like) {
+  STD_TORCH_CHECK(tensor.device() == like.device(), "kivi: ", name, " is on another device than the first row tensor");
+}
+
 // [num_tokens, heads, head_dim] with head_dim contiguous.
 kivi::Rows make_rows(const Tensor& tensor, const char* name, const Tensor& like, int64_t heads, int64_t head_dim) {
-  STD_TORCH_CHECK(tensor.is_cpu(), "kivi: ", name, " must be on the CPU");
+  check_device(tensor, name, like);
   STD_TORCH_CHECK(tensor.scalar_type() == like.scalar_type(), "kivi: ", name,
                   " has another dtype than the first row tensor");
   STD_TORCH_CHECK(tensor.dim() == 3 && tensor.size(1) == heads && tensor.size(2) == head_dim, "kivi: ", name,
@@ -77,8 +89,9 @@ kivi::Rows make_rows(const Tensor& tensor, const char* name, const Tensor& like,
 }
 
 kivi::Pages make_pages(const Tensor& pages, const char* name, const Tensor& table, const char* table_name,
-                       int64_t num_kv_heads, int64_t head_bytes, int64_t num_reqs) {
-  STD_TORCH_CHECK(pages.is_cpu() && table.is_cpu(), "kivi: ", name, " and ", table_name, " must be on the CPU");
+                       const Tensor& like, int64_t num_kv_heads, int64_t head_bytes, int64_t num_reqs) {
+  check_device(pages, name, like);
+  check_device(table, table_name, like);
   STD_TORCH_CHECK(pages.dim() >= 3 && pages.size(1) == num_kv_heads, "kivi: ", name,
                   " must be [num_blocks, num_kv_heads = ", num_kv_heads, ", ...]");
   const int64_t element_size = pages.element_size();
@@ -97,19 +110,20 @@ kivi::Pages make_pages(const Tensor& pages, const char* name, const Tensor& tabl
           static_cast<const int32_t*>(table.data_ptr()), table.stride(0)};
 }
 
-const int32_t* make_ints(const Tensor& tensor, const char* name, int64_t count) {
-  STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() == 1 && tensor.scalar_type() == ScalarType::Int &&
+const int32_t* make_ints(const Tensor& tensor, const char* name, const Tensor& like, int64_t count) {
+  check_device(tensor, name, like);
+  STD_TORCH_CHECK(tensor.dim() == 1 && tensor.scalar_type() == ScalarType::Int &&
                       tensor.size(0) >= count && (count <= 1 || tensor.stride(0) == 1),
-                  "kivi: ", name, " must be a contiguous int32 tensor of at least ", count, " elements on the CPU");
+                  "kivi: ", name, " must be a contiguous int32 tensor of at least ", count, " elements");
   return static_cast<const int32_t*>(tensor.data_ptr());
 }
 
-kivi::Batch make_batch(const Tensor& query_start_loc, const Tensor& seq_lens) {
+kivi::Batch make_batch(const Tensor& query_start_loc, const Tensor& seq_lens, const Tensor& like) {
   STD_TORCH_CHECK(query_start_loc.dim() == 1 && query_start_loc.size(0) >= 1,
                   "kivi: query_start_loc must be [num_reqs + 1]");
   const int64_t num_reqs = query_start_loc.size(0) - 1;
-  return {static_cast<int32_t>(num_reqs), make_ints(query_start_loc, "query_start_loc", num_reqs + 1),
-          make_ints(seq_lens, "seq_lens", num_reqs)};
+  return {static_cast<int32_t>(num_reqs), make_ints(query_start_loc, "query_start_loc", like, num_reqs + 1),
+          make_ints(seq_lens, "seq_lens", like, num_reqs)};
 }
 
 // The kernels trust these numbers with addresses.
@@ -149,9 +163,11 @@ const kivi::cpu::Threads& threads() {
   return pool;
 }
 
-void store_cpu(const Tensor& key, const Tensor& value, const Tensor& quantized_pages, const Tensor& full_pages,
-               const Tensor& quantized_block_table, const Tensor& full_block_table, const Tensor& query_start_loc,
-               const Tensor& seq_lens, const std::vector<int64_t>& layout_list) {
+// What is in batch is only checked where the host can read it.
+kivi::StoreParams make_store(const Tensor& key, const Tensor& value, const Tensor& quantized_pages,
+                             const Tensor& full_pages, const Tensor& quantized_block_table,
+                             const Tensor& full_block_table, const Tensor& query_start_loc, const Tensor& seq_lens,
+                             const std::vector<int64_t>& layout_list) {
   kivi::StoreParams params{};
   params.layout = make_layout(layout_list);
   const kivi::Layout& layout = params.layout;
@@ -159,13 +175,23 @@ void store_cpu(const Tensor& key, const Tensor& value, const Tensor& quantized_p
   check_layout_dtype(layout, key.element_size());
   params.key = make_rows(key, "key", key, layout.num_kv_heads, layout.head_dim);
   params.value = make_rows(value, "value", key, layout.num_kv_heads, layout.head_dim);
-  params.batch = make_batch(query_start_loc, seq_lens);
-  params.quantized = make_pages(quantized_pages, "quantized_pages", quantized_block_table, "quantized_block_table",
+  params.batch = make_batch(query_start_loc, seq_lens, key);
+  params.quantized = make_pages(quantized_pages, "quantized_pages", quantized_block_table, "quantized_block_table", key,
                                 layout.num_kv_heads, quantized_head_bytes(layout), params.batch.num_reqs);
-  params.full = make_pages(full_pages, "full_pages", full_block_table, "full_block_table", layout.num_kv_heads,
+  params.full = make_pages(full_pages, "full_pages", full_block_table, "full_block_table", key, layout.num_kv_heads,
                            full_head_bytes(layout, key.element_size()), params.batch.num_reqs);
-  check_batch(params.batch, layout, key.size(0), quantized_block_table.size(1), full_block_table.size(1));
-  kivi::cpu::kernels().store(params, threads());
+  if (key.is_cpu()) {
+    check_batch(params.batch, layout, key.size(0), quantized_block_table.size(1), full_block_table.size(1));
+  }
+  return params;
+}
+
+void store_cpu(const Tensor& key, const Tensor& value, const Tensor& quantized_pages, const Tensor& full_pages,
+               const Tensor& quantized_block_table, const Tensor& full_block_table, const Tensor& query_start_loc,
+               const Tensor& seq_lens, const std::vector<int64_t>& layout) {
+  kivi::cpu::kernels().store(make_store(key, value, quantized_pages, full_pages, quantized_block_table,
+                                        full_block_table, query_start_loc, seq_lens, layout),
+                             threads());
 }
 
 kivi::AttentionParams make_attention(const Tensor& output, const Tensor& query, const Tensor& quantized_pages,
@@ -184,12 +210,14 @@ kivi::AttentionParams make_attention(const Tensor& output, const Tensor& query, 
   params.num_heads = static_cast<int32_t>(query.size(1));
   params.query = make_rows(query, "query", query, params.num_heads, layout.head_dim);
   params.output = make_rows(output, "output", query, params.num_heads, layout.head_dim);
-  params.batch = make_batch(query_start_loc, seq_lens);
-  params.quantized = make_pages(quantized_pages, "quantized_pages", quantized_block_table, "quantized_block_table",
+  params.batch = make_batch(query_start_loc, seq_lens, query);
+  params.quantized = make_pages(quantized_pages, "quantized_pages", quantized_block_table, "quantized_block_table", query,
                                 layout.num_kv_heads, quantized_head_bytes(layout), params.batch.num_reqs);
-  params.full = make_pages(full_pages, "full_pages", full_block_table, "full_block_table", layout.num_kv_heads,
+  params.full = make_pages(full_pages, "full_pages", full_block_table, "full_block_table", query, layout.num_kv_heads,
                            full_head_bytes(layout, query.element_size()), params.batch.num_reqs);
-  check_batch(params.batch, layout, query.size(0), quantized_block_table.size(1), full_block_table.size(1));
+  if (query.is_cpu()) {
+    check_batch(params.batch, layout, query.size(0), quantized_block_table.size(1), full_block_table.size(1));
+  }
   params.scale = static_cast<float>(scale);
   params.logits_soft_cap = static_cast<float>(logits_soft_cap);
   return params;
@@ -197,7 +225,8 @@ kivi::AttentionParams make_attention(const Tensor& output, const Tensor& query, 
 
 void decode_cpu(const Tensor& output, const Tensor& query, const Tensor& quantized_pages, const Tensor& full_pages,
                 const Tensor& quantized_block_table, const Tensor& full_block_table, const Tensor& query_start_loc,
-                const Tensor& seq_lens, double scale, double logits_soft_cap, const std::vector<int64_t>& layout) {
+                const Tensor& seq_lens, double scale, double logits_soft_cap, const std::vector<int64_t>& layout,
+                const std::optional<Tensor>&) {
   kivi::cpu::kernels().decode(
       make_attention(output, query, quantized_pages, full_pages, quantized_block_table, full_block_table,
                      query_start_loc, seq_lens, scale, logits_soft_cap, layout),
@@ -214,9 +243,107 @@ void prefill_cpu(const Tensor& output, const Tensor& query, const Tensor& key, c
                      query_start_loc, seq_lens, scale, logits_soft_cap, layout);
   params.key = make_rows(key, "key", query, params.layout.num_kv_heads, params.layout.head_dim);
   params.value = make_rows(value, "value", query, params.layout.num_kv_heads, params.layout.head_dim);
-  params.num_prompt_tokens = make_ints(num_prompt_tokens, "num_prompt_tokens", params.batch.num_reqs);
+  params.num_prompt_tokens = make_ints(num_prompt_tokens, "num_prompt_tokens", query, params.batch.num_reqs);
   kivi::cpu::kernels().prefill(params, threads());
 }
+
+#ifdef KIVI_CUDA
+
+using kivi::cuda::Stream;
+
+// libtorch's stable ABI has this since 2.13 only; until then it is a C function of the part that CPU builds lack.
+Stream current_stream(int32_t device) {
+  using Function = int32_t (*)(int32_t, void**);
+  static void* const library = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);
+  static const auto function =
+      library == nullptr ? nullptr : reinterpret_cast<Function>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
+  void* stream = nullptr;
+  STD_TORCH_CHECK(function != nullptr && function(device, &stream) == 0, "kivi: torch has no current CUDA stream");
+  return static_cast<Stream>(stream);
+}
+
+// Launches on the device of `tensor`, on its current stream.
+template <class Launch>
+void launch(const Tensor& tensor, Launch launch_on) {
+  const int32_t device = tensor.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const char* error = launch_on(current_stream(device));
+  STD_TORCH_CHECK(error == nullptr, "kivi: ", error);
+}
+
+// Kernels copy 16 bytes at a time.
+void check_aligned(const void* data, int64_t stride, const char* name) {
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % 16 == 0, "kivi: ", name,
+                  " must be aligned to 16 bytes, strides included");
+}
+
+template <class Params>
+void check_cuda(const Params& params) {
+  for (const auto& [pages, name] : {std::pair{&params.quantized, "quantized_pages"}, std::pair{&params.full, "full_pages"}}) {
+    check_aligned(pages->data, pages->block_stride, name);
+    check_aligned(pages->data, pages->head_stride, name);
+  }
+}
+
+void store_cuda(const Tensor& key, const Tensor& value, const Tensor& quantized_pages, const Tensor& full_pages,
+                const Tensor& quantized_block_table, const Tensor& full_block_table, const Tensor& query_start_loc,
+                const Tensor& seq_lens, const std::vector<int64_t>& layout) {
+  const kivi::StoreParams params = make_store(key, value, quantized_pages, full_pages, quantized_block_table,
+                                              full_block_table, query_start_loc, seq_lens, layout);
+  check_cuda(params);
+  launch(key, [&](Stream stream) { return kivi::cuda::store(params, static_cast<int>(key.size(0)), stream); });
+}
+
+void decode_cuda(const Tensor& output, const Tensor& query, const Tensor& quantized_pages, const Tensor& full_pages,
+                 const Tensor& quantized_block_table, const Tensor& full_block_table, const Tensor& query_start_loc,
+                 const Tensor& seq_lens, double scale, double logits_soft_cap, const std::vector<int64_t>& layout,
+                 const std::optional<Tensor>& workspace) {
+  kivi::AttentionParams params =
+      make_attention(output, query, quantized_pages, full_pages, quantized_block_table, full_block_table,
+                     query_start_loc, seq_lens, scale, logits_soft_cap, layout);
+  check_cuda(params);
+  STD_TORCH_CHECK(params.query.token_stride % 2 == 0 && params.query.head_stride % 2 == 0 &&
+                      params.output.token_stride % 2 == 0 && params.output.head_stride % 2 == 0,
+                  "kivi: strides of query and output must be even");
+  STD_TORCH_CHECK(workspace.has_value(), "kivi: decode on CUDA needs a workspace; see vllm_kivi.ops.decode_workspace");
+  check_device(*workspace, "workspace", query);
+  launch(query, [&](Stream stream) {
+    const size_t bytes = kivi::cuda::decode_workspace_bytes(params.layout);
+    STD_TORCH_CHECK(workspace->numel() * workspace->element_size() >= static_cast<int64_t>(bytes),
+                    "kivi: workspace is smaller than ", bytes, " bytes");
+    params.workspace = workspace->data_ptr();
+    return kivi::cuda::decode(params, stream);
+  });
+}
+
+void gather_cuda(const Tensor& key, const Tensor& value, const Tensor& quantized_pages, const Tensor& full_pages,
+                 const Tensor& quantized_block_table, const Tensor& full_block_table, const Tensor& start_loc,
+                 const Tensor& first, const Tensor& boundary, const std::vector<int64_t>& layout_list) {
+  kivi::GatherParams params{};
+  params.layout = make_layout(layout_list);
+  const kivi::Layout& layout = params.layout;
+  params.dtype = make_dtype(key, "key");
+  check_layout_dtype(layout, key.element_size());
+  params.key = make_rows(key, "key", key, layout.num_kv_heads, layout.head_dim);
+  params.value = make_rows(value, "value", key, layout.num_kv_heads, layout.head_dim);
+  params.num_reqs = static_cast<int32_t>(first.size(0));
+  params.start_loc = make_ints(start_loc, "start_loc", key, params.num_reqs + 1);
+  params.first = make_ints(first, "first", key, params.num_reqs);
+  params.boundary = make_ints(boundary, "boundary", key, params.num_reqs);
+  params.quantized = make_pages(quantized_pages, "quantized_pages", quantized_block_table, "quantized_block_table", key,
+                                layout.num_kv_heads, quantized_head_bytes(layout), params.num_reqs);
+  params.full = make_pages(full_pages, "full_pages", full_block_table, "full_block_table", key, layout.num_kv_heads,
+                           full_head_bytes(layout, key.element_size()), params.num_reqs);
+  check_cuda(params);
+  launch(key, [&](Stream stream) { return kivi::cuda::gather(params, static_cast<int>(key.size(0)), stream); });
+}
+
+int64_t decode_workspace_bytes(const std::vector<int64_t>& layout, int64_t device) {
+  const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(device));
+  return static_cast<int64_t>(kivi::cuda::decode_workspace_bytes(make_layout(layout)));
+}
+
+#endif
 
 // Names of the layout's entries: vllm_kivi/ops.py refuses an extension that was built for other ones.
 std::string layout_fields() {
@@ -242,11 +369,16 @@ STABLE_TORCH_LIBRARY(vllm_kivi, m) {
   m.def(
       "decode(Tensor(a!) output, Tensor query, Tensor quantized_pages, Tensor full_pages, "
       "Tensor quantized_block_table, Tensor full_block_table, Tensor query_start_loc, Tensor seq_lens, float scale, "
-      "float logits_soft_cap, int[] layout) -> ()");
+      "float logits_soft_cap, int[] layout, Tensor(b!)? workspace=None) -> ()");
   m.def(
       "prefill(Tensor(a!) output, Tensor query, Tensor key, Tensor value, Tensor quantized_pages, Tensor full_pages, "
       "Tensor quantized_block_table, Tensor full_block_table, Tensor query_start_loc, Tensor seq_lens, "
       "Tensor num_prompt_tokens, float scale, float logits_soft_cap, int[] layout) -> ()");
+  m.def(
+      "gather(Tensor(a!) key, Tensor(b!) value, Tensor quantized_pages, Tensor full_pages, "
+      "Tensor quantized_block_table, Tensor full_block_table, Tensor start_loc, Tensor first, Tensor boundary, "
+      "int[] layout) -> ()");
+  m.def("decode_workspace_bytes(int[] layout, int device) -> int");
   m.def("layout_fields() -> str");
   m.def("set_isa(str name) -> str");
 }
@@ -257,7 +389,18 @@ STABLE_TORCH_LIBRARY_IMPL(vllm_kivi, CPU, m) {
   m.impl("prefill", TORCH_BOX(&prefill_cpu));
 }
 
+#ifdef KIVI_CUDA
+STABLE_TORCH_LIBRARY_IMPL(vllm_kivi, CUDA, m) {
+  m.impl("store", TORCH_BOX(&store_cuda));
+  m.impl("decode", TORCH_BOX(&decode_cuda));
+  m.impl("gather", TORCH_BOX(&gather_cuda));
+}
+#endif
+
 STABLE_TORCH_LIBRARY_IMPL(vllm_kivi, CompositeExplicitAutograd, m) {
+#ifdef KIVI_CUDA
+  m.impl("decode_workspace_bytes", TORCH_BOX(&decode_workspace_bytes));
+#endif
   m.impl("layout_fields", TORCH_BOX(&layout_fields));
   m.impl("set_isa", TORCH_BOX(&set_isa));
 }

@@ -80,6 +80,21 @@ struct AttentionParams {
   Rows key;                          // prefill only: the chunk's own tokens
   Rows value;                        // prefill only
   const int32_t* num_prompt_tokens;  // [num_reqs], prefill only
+  void* workspace;                   // CUDA decode only
+};
+
+// Row i of request r is its token first[r] + i; tokens below boundary[r], sinks apart, are read quantized.
+struct GatherParams {
+  Layout layout;
+  Dtype dtype;
+  Rows key;
+  Rows value;
+  Pages quantized;
+  Pages full;
+  int32_t num_reqs;
+  const int32_t* start_loc;  // [num_reqs + 1], rows of each request
+  const int32_t* first;      // [num_reqs]
+  const int32_t* boundary;   // [num_reqs]
 };
 
 }  // namespace kivi

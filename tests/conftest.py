@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -65,13 +66,17 @@ class Pool:
     def pages(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.quantized, self.full, self.quantized_table, self.full_table
 
-    def clone(self) -> Pool:
-        other = Pool(self.fmt, self.seq_lens, self.seed, self.window, self.padding)
-        _memory(other.quantized).copy_(_memory(self.quantized))
-        _memory(other.full).copy_(_memory(self.full))
-        other.full_table.copy_(self.full_table)
-        other.quantized_table.copy_(self.quantized_table)
+    def to(self, device: torch.device | str) -> Pool:
+        """A copy on that device, with every byte and every stride."""
+        other = copy.copy(self)
+        for name in ("quantized", "full", "quantized_table", "full_table"):
+            tensor = getattr(self, name)
+            copied = _memory(tensor).to(device, copy=True)
+            setattr(other, name, copied.as_strided(tensor.shape, tensor.stride()))
         return other
+
+    def clone(self) -> Pool:
+        return self.to(self.full.device)
 
     def memory(self) -> tuple[Tensor, Tensor]:
         """Every byte of both pools, padding included."""

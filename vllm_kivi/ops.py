@@ -13,7 +13,9 @@ Arguments that the three ops share:
     seq_lens: int32 [num_reqs], tokens of each request including this step's.
     scale: what q . k is multiplied by. logits_soft_cap: 0 for none, else logits become cap * tanh(logits / cap).
     layout: KVFormat.layout().
-All raise RuntimeError when a tensor does not fit the layout.
+All tensors of a call are on one device. On CUDA nothing is allocated and nothing waits for the device, so what tensors hold
+is not checked there, and calls can be captured in CUDA graphs.
+All raise RuntimeError when a tensor does not fit the layout, or when nothing is compiled for its dtype or head size.
 """
 
 from __future__ import annotations
@@ -50,8 +52,8 @@ def load_extension() -> Any:
             f"kivi: the compiled extension was built for another layout ({built_for}); build it again with "
             "`pip install -e . --no-build-isolation`"
         )
-    for name in ("store", "decode", "prefill"):
-        # All three only write to their arguments, so there is nothing for a fake implementation to return.
+    for name in ("store", "decode", "prefill", "gather"):
+        # They only write to their arguments, so there is nothing for a fake implementation to return.
         torch.library.register_fake(f"vllm_kivi::{name}", _nothing)
     return ops
 
@@ -100,10 +102,12 @@ def decode(
     scale: float,
     logits_soft_cap: float,
     layout: Sequence[int],
+    workspace: Tensor | None = None,
 ) -> None:
     """Attends few rows a request, whose tokens are all stored, and writes `output`.
 
     The row at position p reads sinks and tokens from boundary(p + 1) on in full precision, the rest quantized.
+    On CUDA, `workspace` comes from `decode_workspace` and serves calls that follow each other on one stream.
     """
     load_extension().decode(
         output,
@@ -117,7 +121,14 @@ def decode(
         scale,
         logits_soft_cap,
         layout,
+        workspace,
     )
+
+
+def decode_workspace(layout: Sequence[int], device: torch.device) -> Tensor:
+    """What `decode` needs on this CUDA device, a few MiB: uint8, zeroed."""
+    num_bytes = load_extension().decode_workspace_bytes(layout, device.index or 0)
+    return torch.zeros(num_bytes, dtype=torch.uint8, device=device)
 
 
 def prefill(
@@ -155,6 +166,37 @@ def prefill(
         num_prompt_tokens,
         scale,
         logits_soft_cap,
+        layout,
+    )
+
+
+def gather(
+    key: Tensor,
+    value: Tensor,
+    quantized_pages: Tensor,
+    full_pages: Tensor,
+    quantized_block_table: Tensor,
+    full_block_table: Tensor,
+    start_loc: Tensor,
+    first: Tensor,
+    boundary: Tensor,
+    layout: Sequence[int],
+) -> None:
+    """Writes tokens of requests to `key` and `value`, dequantized where they are quantized. CUDA only.
+
+    Row start_loc[r] + i is token first[r] + i of request r; it is read quantized below boundary[r], sinks apart.
+    start_loc: int32 [num_reqs + 1]; first, boundary: int32 [num_reqs].
+    """
+    load_extension().gather(
+        key,
+        value,
+        quantized_pages,
+        full_pages,
+        quantized_block_table,
+        full_block_table,
+        start_loc,
+        first,
+        boundary,
         layout,
     )
 

@@ -1,0 +1,24 @@
+// Decode kernels by dtype and head size: each file of instantiate/ defines those of one pair.
+#pragma once
+
+#include "decode.cuh"
+#include "variants.inc"
+
+namespace kivi::cuda {
+
+// Null where the bits are not compiled. Takes a DecodeParams.
+template <class T, int HEAD_DIM>
+const void* decode_kernel_for(int k_bits, int v_bits);
+
+#define KIVI_FIND(K_BITS, V_BITS, T, HEAD_DIM)                                         \
+  if (k_bits == K_BITS && v_bits == V_BITS) {                                          \
+    return reinterpret_cast<const void*>(&decode_kernel<T, HEAD_DIM, K_BITS, V_BITS>); \
+  }
+#define KIVI_DECODE_KERNELS(T, HEAD_DIM)                               \
+  template <>                                                          \
+  const void* decode_kernel_for<T, HEAD_DIM>(int k_bits, int v_bits) { \
+    KIVI_CUDA_BITS(KIVI_FIND, T, HEAD_DIM)                             \
+    return nullptr;                                                    \
+  }
+
+}  // namespace kivi::cuda

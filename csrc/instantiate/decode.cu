@@ -1,0 +1,130 @@
+// How decode is launched: shared memory, blocks, workspace.
+#include <algorithm>
+#include <bit>
+
+#include "../cuda_kernels.h"
+#include "../decode.cuh"
+#include "../variants.inc"
+
+namespace kivi::cuda {
+
+template <class T, int HEAD_DIM>
+const void* decode_kernel_for(int k_bits, int v_bits);  // in the other files of this folder
+
+namespace {
+
+constexpr int kMinUnits = 3;  // of a warp: fewer are not worth a merge
+constexpr int kMaxStages = 4;
+constexpr int kReserved = 2048;  // of shared memory: what the kernel and the driver take per block
+
+struct Device {
+  int num_multiprocessors = 0, shared_bytes = 0, max_block_shared_bytes = 0;
+};
+
+cudaError_t find_device(Device& device) {
+  int id;
+  if (cudaError_t error = cudaGetDevice(&id)) return error;
+  static Device known[64];
+  if (id < 64 && known[id].num_multiprocessors > 0) {
+    device = known[id];
+    return cudaSuccess;
+  }
+  if (cudaError_t error = cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, id))
+    return error;
+  if (cudaError_t error =
+          cudaDeviceGetAttribute(&device.max_block_shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, id))
+    return error;
+  if (cudaError_t error = cudaDeviceGetAttribute(&device.num_multiprocessors, cudaDevAttrMultiProcessorCount, id))
+    return error;
+  if (id < 64) known[id] = device;
+  return cudaSuccess;
+}
+
+struct Plan {
+  int blocks_per_multiprocessor, num_warps, num_stages, stage_bytes, shared_bytes;
+};
+
+// Enough bytes in flight for the memory: many warps first, then stages.
+Plan make_plan(const Layout& layout, const Device& device) {
+  constexpr struct {
+    int blocks, warps, stages;
+  } kWishes[] = {{3, 4, 3}, {2, 4, 3}, {3, 4, 2}, {2, 4, 2}, {1, 4, 2}, {1, 2, 2}, {1, 1, 1}};
+  const int tile_bytes = layout.full_precision ? 0 : layout.tile_bytes;
+  const int stage_bytes = std::max(tile_bytes, kUnitTokens * (4 * layout.head_dim + 16));
+  for (const auto& wish : kWishes) {
+    if (wish.blocks > 2 && layout.head_dim > 128) continue;  // their registers allow two
+    const int available =
+        std::min(device.shared_bytes / wish.blocks, device.max_block_shared_bytes) - kReserved;
+    const int stages = std::min((available / wish.warps - 6 * layout.head_dim) / stage_bytes, kMaxStages);
+    if (stages >= wish.stages) {
+      return {wish.blocks, wish.warps, stages, stage_bytes, wish.warps * (stages * stage_bytes + 6 * layout.head_dim)};
+    }
+  }
+  return {};
+}
+
+int64_t sums_bytes(const Layout& layout) { return kColumns * layout.head_dim * sizeof(float); }
+
+const char* message(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+
+#define LIST_DTYPE(DTYPE, T) " " #T
+#define LIST_DIM(HEAD_DIM, ...) " " #HEAD_DIM
+#define LIST_BITS(K_BITS, V_BITS, ...) " " #K_BITS "/" #V_BITS
+// clang-format off
+constexpr const char* kCompiled =
+    "decode is not compiled for this combination; head sizes:" KIVI_CUDA_HEAD_DIMS(LIST_DIM, )
+    "; dtypes:" KIVI_CUDA_DTYPES(LIST_DTYPE) "; key and value bits:" KIVI_CUDA_BITS(LIST_BITS, );
+// clang-format on
+
+const void* find_kernel(const Layout& layout, Dtype dtype) {
+#define FIND_DIM(HEAD_DIM, T) \
+  if (layout.head_dim == HEAD_DIM) return decode_kernel_for<T, HEAD_DIM>(layout.k_bits, layout.v_bits);
+#define FIND(DTYPE, T) \
+  if (dtype == Dtype::DTYPE) { KIVI_CUDA_HEAD_DIMS(FIND_DIM, T) }
+  KIVI_CUDA_DTYPES(FIND)
+#undef FIND
+#undef FIND_DIM
+  return nullptr;
+}
+
+}  // namespace
+
+size_t decode_workspace_bytes(const Layout& layout) {
+  Device device;
+  if (find_device(device) != cudaSuccess) return 0;
+  const int blocks = 3 * device.num_multiprocessors;
+  return blocks * ((kMaxWarps + 2) * sums_bytes(layout) + 2 * kColumns * sizeof(float2) + sizeof(int32_t));
+}
+
+const char* decode(const AttentionParams& attention, Stream stream) {
+  if (attention.batch.num_reqs == 0) return nullptr;
+  const Layout& layout = attention.layout;
+  const void* kernel = find_kernel(layout, attention.dtype);
+  if (kernel == nullptr) return kCompiled;
+  Device device;
+  if (cudaError_t error = find_device(device)) return message(error);
+  const Plan plan = make_plan(layout, device);
+  if (plan.num_warps == 0) return "a tile does not fit this GPU's shared memory; use a smaller group_size";
+  const int blocks = plan.blocks_per_multiprocessor * device.num_multiprocessors;
+  DecodeParams params{};
+  params.attention = attention;
+  params.page_tiles = Divisor(layout.page_tokens / layout.group_size);
+  params.full_page_tokens = Divisor(layout.full_page_tokens);
+  params.ratio = Divisor(attention.num_heads / layout.num_kv_heads);
+  params.log_group_size = std::countr_zero(static_cast<unsigned>(layout.group_size));
+  params.min_units = kMinUnits;
+  params.num_stages = plan.num_stages;
+  params.stage_bytes = plan.stage_bytes;
+  char* workspace = static_cast<char*>(attention.workspace);
+  params.first_sums = reinterpret_cast<float*>(workspace);
+  params.partials = reinterpret_cast<float*>(workspace + blocks * kMaxWarps * sums_bytes(layout));
+  params.extremes = reinterpret_cast<float2*>(workspace + blocks * (kMaxWarps + 2) * sums_bytes(layout));
+  params.finished = reinterpret_cast<int32_t*>(params.extremes + 2 * blocks * kColumns);
+  if (cudaError_t error =
+          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes))
+    return message(error);
+  void* arguments[] = {&params};
+  return message(cudaLaunchKernel(kernel, dim3(blocks), dim3(32 * plan.num_warps), arguments, plan.shared_bytes, stream));
+}
+
+}  // namespace kivi::cuda

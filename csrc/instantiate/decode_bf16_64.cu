@@ -1,0 +1,5 @@
+#include "../decode_kernels.cuh"
+
+namespace kivi::cuda {
+KIVI_DECODE_KERNELS(__nv_bfloat16, 64)
+}  // namespace kivi::cuda

@@ -1,0 +1,23 @@
+#include "../cuda_kernels.h"
+#include "../store.cuh"
+#include "../variants.cuh"
+
+namespace kivi::cuda {
+
+const char* store(const StoreParams& params, int max_new_tokens, Stream stream) {
+  const int num_heads = params.layout.num_kv_heads;
+  if (max_new_tokens == 0 || params.batch.num_reqs == 0) return nullptr;
+  return with_variant(params.layout, params.dtype, [&]<class T, int K_BITS, int V_BITS>() {
+    // Few rows are spread over many blocks, many rows make no more blocks than keep the GPU busy.
+    int rows_per_block = 1;
+    while (rows_per_block < 32 && int64_t(max_new_tokens) * num_heads >= 2048 * rows_per_block) rows_per_block *= 2;
+    const unsigned blocks = ((max_new_tokens - 1) / rows_per_block + 1) * num_heads;
+    const bool aligned = are_aligned(params.key, sizeof(T)) && are_aligned(params.value, sizeof(T));
+    store_kernel<T, K_BITS, V_BITS>
+        <<<blocks, kStoreThreads, 0, stream>>>(params, max_new_tokens, rows_per_block, aligned);
+    const cudaError_t error = cudaGetLastError();
+    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  });
+}
+
+}  // namespace kivi::cuda

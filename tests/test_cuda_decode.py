@@ -1,0 +1,245 @@
+"""The CUDA decode kernel against float64 attention over what the pages hold; pages are filled on the CPU."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import pytest
+import torch
+from conftest import POISON, Pool, assert_as_exact_as_torch, filled_pool, int32, starts
+from test_decode import RATIOS, edge_lengths, queries
+from torch import Tensor
+
+from vllm_kivi import ops, reference
+from vllm_kivi.format import GROUP_SIZES, PRESETS, KVFormat
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+DTYPES = ("bfloat16", "float16")
+HEAD_DIMS = (64, 128, 256)
+
+
+def to_cuda(pages: Tensor) -> Tensor:
+    """A copy with the same strides, padding included."""
+    memory = pages.as_strided((pages.shape[0] * pages.stride(0),), (1,), 0).cuda()
+    return memory.as_strided(pages.shape, pages.stride())
+
+
+def decode(pool: Pool, query: Tensor, num_rows: Sequence[int], soft_cap: float = 0.0) -> Tensor:
+    output = torch.full_like(query, 7.0).cuda()
+    layout = pool.fmt.layout()
+    pages = to_cuda(pool.quantized), to_cuda(pool.full), pool.quantized_table.cuda(), pool.full_table.cuda()
+    workspace = ops.decode_workspace(layout, output.device)
+    rest = starts(num_rows).cuda(), int32(pool.seq_lens).cuda(), query.shape[-1] ** -0.5, soft_cap, layout, workspace
+    ops.decode(output, query.cuda(), *pages, *rest)
+    first = output.cpu()
+    ops.decode(output, query.cuda(), *pages, *rest)  # The workspace is as it was.
+    assert torch.equal(output.cpu().view(torch.int16), first.view(torch.int16))
+    return first
+
+
+def check(pool: Pool, query: Tensor, num_rows: Sequence[int], soft_cap: float = 0.0) -> Tensor:
+    """Decodes and compares with the oracle; returns the output."""
+    fmt, scale = pool.fmt, query.shape[-1] ** -0.5
+    output = decode(pool, query, num_rows, soft_cap)
+    rest = starts(num_rows), int32(pool.seq_lens), scale, soft_cap, fmt.layout()
+    exact = reference.decode_float64(query, *pool.pages(), *rest)
+    context = []
+    for request, (count, length) in enumerate(zip(num_rows, pool.seq_lens, strict=True)):
+        tables = pool.quantized_table[request], pool.full_table[request]
+        for num_tokens in range(length - count + 1, length + 1):
+            boundary = fmt.boundary(num_tokens)
+            context.append(reference.gather_dequantized(fmt, pool.quantized, pool.full, *tables, num_tokens, boundary))
+    assert_as_exact_as_torch(output, exact, query, context, scale, soft_cap)
+    return output
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+def test_presets_and_shapes(group_size: int, preset: str, head_dim: int, dtype: str) -> None:
+    rng = random.Random(f"{preset} {head_dim} {dtype} {group_size}")
+    fmt = KVFormat(
+        preset,
+        head_dim,
+        num_kv_heads=rng.randint(1, 2),
+        dtype=dtype,
+        group_size=group_size,
+        residual_length=rng.choice((0, 32, 128)),
+        sink_tokens=rng.choice((0, 4)),
+        page_tokens=group_size * rng.randint(1, 2),
+    )
+    lengths = [*rng.sample(edge_lengths(fmt), 5), rng.randint(1000, 3000)]
+    pool, _, _ = filled_pool(fmt, lengths, window=fmt.residual_length + group_size)
+    check(pool, queries(fmt, 6, rng.choice(RATIOS)), [1] * 6)
+
+
+@pytest.mark.parametrize("sink_tokens", [0, 4, 33])
+@pytest.mark.parametrize("residual_length", [0, 32, 128])
+def test_every_edge(residual_length: int, sink_tokens: int) -> None:
+    fmt = KVFormat(
+        "kivi2",
+        128,
+        num_kv_heads=1,
+        dtype="float16",
+        residual_length=residual_length,
+        sink_tokens=sink_tokens,
+        page_tokens=64,
+    )
+    lengths = edge_lengths(fmt)
+    pool, _, _ = filled_pool(fmt, lengths, window=residual_length + fmt.group_size)
+    check(pool, queries(fmt, len(lengths), 3), [1] * len(lengths))
+
+
+@pytest.mark.parametrize("ratio", [*RATIOS, 8, 9, 16])
+def test_ratios(ratio: int) -> None:
+    fmt = KVFormat("kivi2", 128, num_kv_heads=2, dtype="bfloat16", residual_length=32)
+    pool, _, _ = filled_pool(fmt, [150, 600])
+    check(pool, queries(fmt, 2, ratio), [1, 1])
+
+
+@pytest.mark.parametrize("num_rows", [2, 3, 5])
+@pytest.mark.parametrize("residual_length", [0, 32])
+def test_speculative_rows(residual_length: int, num_rows: int) -> None:
+    """Each row has the boundary of its own length, also where one boundary lies between two rows of a step."""
+    fmt = KVFormat("kivi2", 64, num_kv_heads=2, dtype="bfloat16", residual_length=residual_length, sink_tokens=4)
+    lengths = [num_rows, 31, 32, 33, 34, 35, 36, 63, 64, 65, 66, 98, 130]
+    counts = [min(num_rows, length) for length in lengths]
+    counts[3] = 1
+    pool, _, _ = filled_pool(fmt, lengths, window=residual_length + fmt.group_size + num_rows)
+    check(pool, queries(fmt, sum(counts), 3), counts)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_soft_cap(dtype: str) -> None:
+    fmt = KVFormat("kivi2", 64, num_kv_heads=2, dtype=dtype, residual_length=32, sink_tokens=4)
+    pool, _, _ = filled_pool(fmt, [150, 600])
+    for soft_cap in (0.5, 20.0):
+        check(pool, queries(fmt, 2, 4), [1, 1], soft_cap)
+
+
+def test_long_context() -> None:
+    fmt = KVFormat("kivi2", 64, num_kv_heads=1, dtype="bfloat16", page_tokens=96)
+    pool, _, _ = filled_pool(fmt, [131072, 33000], window=160)
+    check(pool, queries(fmt, 2, 3), [1, 1])
+
+
+@pytest.mark.parametrize("preset", ["kivi2", "kivi8"])
+def test_full_precision_bypass(preset: str) -> None:
+    for dtype in DTYPES:
+        fmt = KVFormat(preset, 128, num_kv_heads=2, dtype=dtype, residual_length=32, sink_tokens=4, full_precision=True)
+        pool, _, _ = filled_pool(fmt, [40, 333], window=64)
+        check(pool, queries(fmt, 2, 3), [1, 1])
+
+
+@pytest.mark.parametrize("exponent", [-30, -12, 12, 30])
+@pytest.mark.parametrize("side", ["key", "value", "query"])
+def test_magnitudes(side: str, exponent: int) -> None:
+    """Keys, values and queries far from 1, in channels and tokens of very different size."""
+    fmt = KVFormat("kivi2", 128, num_kv_heads=1, dtype="bfloat16", residual_length=32)
+    pool, keys, values = filled_pool(fmt, [400])
+    query = queries(fmt, 1, 4)
+    if side == "query":
+        query = query * 2.0**exponent
+    else:
+        x = keys[0] if side == "key" else values[0]
+        x *= 2.0**exponent
+        x[:, :, ::5] *= 2.0**-6
+        rest = starts([400]), int32([400]), fmt.layout()
+        ops.store(keys[0], values[0], *pool.pages(), *rest)
+    if side == "value":  # relative to the size of values
+        check(pool, query, [1])
+    else:
+        assert torch.isfinite(check(pool, query, [1])).all()
+
+
+def test_bad_neighbours_stay_local() -> None:
+    """NaN and inf among a request's tokens leave the others alone."""
+    fmt = KVFormat("kivi2", 64, num_kv_heads=2, dtype="bfloat16", residual_length=32)
+    lengths = [200, 200, 200]
+    clean, keys, values = filled_pool(fmt, lengths)
+    query = queries(fmt, 3, 3)
+    expected = decode(clean, query, [1, 1, 1])
+    keys[1][::7, :, ::3] = float("nan")
+    values[1][3::11] = float("inf")
+    pool = Pool(fmt, lengths)
+    ops.store(torch.cat(keys), torch.cat(values), *pool.pages(), starts(lengths), int32(lengths), fmt.layout())
+    output = decode(pool, query, [1, 1, 1])
+    assert torch.equal(output[[0, 2]], expected[[0, 2]])
+
+
+def test_unused_bytes_are_not_read() -> None:
+    """Poison in all that no row may read: tokens behind the window and tiles past the boundary."""
+    fmt = KVFormat("kivi2", 64, num_kv_heads=2, dtype="bfloat16", residual_length=32, sink_tokens=4, page_tokens=64)
+    lengths = [150, 99]
+    pool, _, _ = filled_pool(fmt, lengths)
+    query = queries(fmt, 2, 3)
+    expected = decode(pool, query, [1, 1])
+    for request, length in enumerate(lengths):
+        boundary, n = fmt.boundary(length), fmt.full_page_tokens
+        for position in range(pool.full_table.shape[1] * n):
+            block = pool.full_table[request, position // n]
+            if block != 0 and not (position < 4 or boundary <= position < length):
+                start = position % n * fmt.full_token_bytes
+                pool.full[block, :, start : start + fmt.full_token_bytes] = POISON
+        for position in range(0, pool.quantized_table.shape[1] * fmt.page_tokens, fmt.group_size):
+            block = pool.quantized_table[request, position // fmt.page_tokens]
+            start = position % fmt.page_tokens // fmt.group_size * fmt.tile_bytes
+            if block != 0 and position >= boundary:
+                pool.quantized[block, :, start : start + fmt.tile_bytes] = POISON
+    pool.quantized[0], pool.full[0] = POISON, POISON
+    assert torch.equal(decode(pool, query, [1, 1]), expected)
+
+
+def test_padding_rows_and_idle_requests() -> None:
+    fmt = KVFormat("kivi2", 64, num_kv_heads=1, dtype="bfloat16")
+    pool, _, _ = filled_pool(fmt, [50, 0, 70])
+    query = queries(fmt, 5, 2)
+    output = decode(pool, query, [1, 0, 1])
+    assert (output[2:] == 7.0).all()
+    check(pool, query[:2], [1, 0, 1])
+
+
+def test_graph_replay_with_other_lengths() -> None:
+    """One captured launch serves every later step."""
+    fmt = KVFormat("kivi2", 128, num_kv_heads=2, dtype="bfloat16")
+    lengths = [3000, 40, 700]
+    pool, _, _ = filled_pool(fmt, lengths)
+    query, layout = queries(fmt, 3, 4).cuda(), fmt.layout()
+    pages = to_cuda(pool.quantized), to_cuda(pool.full), pool.quantized_table.cuda(), pool.full_table.cuda()
+    workspace = ops.decode_workspace(layout, query.device)
+    output = torch.empty_like(query)
+    start_loc, seq_lens = starts([1, 1, 1]).cuda(), int32([0, 0, 0]).cuda()
+
+    def run() -> None:
+        ops.decode(output, query, *pages, start_loc, seq_lens, 128**-0.5, 0.0, layout, workspace)
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    for now in ([3000, 40, 700], [17, 1, 130], [2999, 39, 0]):
+        seq_lens.copy_(int32(now))
+        graph.replay()
+        replayed = output.clone()
+        run()
+        kept = torch.tensor(now) > 0
+        assert torch.equal(output[kept], replayed[kept])
+        shorter = Pool(fmt, lengths)
+        shorter.quantized, shorter.full = pool.quantized, pool.full
+        exact = reference.decode_float64(
+            query.cpu(), *pool.pages(), starts([1, 1, 1 if now[2] else 0]), int32(now), 128**-0.5, 0.0, layout
+        )
+        rows = int(kept.sum())
+        torch.testing.assert_close(output.cpu().double()[:rows], exact[:rows], rtol=2e-2, atol=2e-2)
+
+
+def test_refusals() -> None:
+    """What is not compiled says so."""
+    fmt = KVFormat("kivi2", 80, num_kv_heads=1, dtype="bfloat16")
+    pool, _, _ = filled_pool(fmt, [40])
+    with pytest.raises(RuntimeError, match="head sizes: 64 128 256"):
+        decode(pool, queries(fmt, 1, 1), [1])

@@ -149,6 +149,7 @@ struct Decoder {
   static constexpr int kPrepareBytes = 6 * D;
   static constexpr int kKeyWords = D * K_BITS / 128;  // of a lane, per token
   static constexpr int kBlocks = D / 16;              // row blocks of the output
+  static constexpr float kLog2E = 1.4426950408889634f;
 
   const DecodeParams& params;
   const Layout& layout;
@@ -159,6 +160,12 @@ struct Decoder {
   char* prepared;     // this warp's scales as half2
   const Place& place;
 
+  int first_key_scales, first_value_scales, key_zeros_at, key_codes, value_codes;  // of this lane in a tile
+
+  const char* source;  // of the copies of unit sources_from and later ones
+  int sources_from;
+  int value_distance;  // from a key in full precision to its value
+
   uint32_t query_codes[D / 8];  // fp16, for products with codes
   uint32_t query[D / 8];        // as given, for all else
   int query_exponent[2];        // of the power of two that query_codes were divided by, of columns 2t and 2t + 1
@@ -166,12 +173,12 @@ struct Decoder {
 
   // Sums. Lanes hold columns 2t and 2t + 1.
   float output[kBlocks][4];  // block 2b + x: rows g and g + 8 are channels 32 b + 4 g + 2 x and + 1
-  float zeros[4];            // rows are value groups
+  float zeros[2][4];         // rows are value groups: g of the first, g + 8 of the second
   float maximum[2], sum[2];
   int key_exponent, value_exponent, zero_exponent;
   uint32_t key_limit, value_limit, zero_limit;   // largest_of them
   uint32_t key_shift, value_shift[2], zero_shift;
-  float factor[2];  // from sums of products of query_codes and codes to scores
+  float factor[2];  // from sums of products of query_codes and codes to scores as exponents of 2
 
   __device__ Decoder(const DecodeParams& params, const Place& place, char* stages, uint32_t barriers, char* prepared)
       : params(params),
@@ -180,67 +187,91 @@ struct Decoder {
         g(threadIdx.x % 32 / 4),
         t(threadIdx.x % 4),
         stages(stages),
-        barriers(barriers),
+        barriers(opaque(barriers)),
         phases(0),
         prepared(prepared),
-        place(place) {}
+        place(place),
+        first_key_scales(opaque(key_scales_at(0))),
+        first_value_scales(opaque(value_scales_at(0))),
+        key_zeros_at(opaque(layout.k_zero_offset + lane / 16 * 16)),
+        key_codes(opaque(layout.k_codes_offset + 4 * (t * layout.group_size + 4 * g))),
+        value_codes(opaque(layout.v_codes_offset + t * (D * V_BITS) + g * (4 * V_BITS))) {}
 
   // ------------------------------------------------------------------------------------------------------- copies
 
-  // The block that this lane's share of a unit is in.
-  __device__ int find_block(int unit) const {
+  // Finds where units from this one on are copied from, all lanes at once: 32 tiles, or 4 units of tokens.
+  __device__ void find_sources(int unit) {
     const AttentionParams& attention = params.attention;
-    if (unit < place.request.num_tiles) {
-      return block_of(attention.quantized, place.segment.request,
-                      params.page_tiles.divide(place.request.first_tile + unit));
+    const Request& request = place.request;
+    sources_from = unit;
+    if (unit < request.num_tiles) {
+      const int tile = request.first_tile + min(unit + lane, request.num_tiles - 1), page = params.page_tiles.divide(tile);
+      const int block = block_of(attention.quantized, place.segment.request, page);
+      source = page_of(attention.quantized, block, place.head) + (tile - page * params.page_tiles.value) * layout.tile_bytes;
+      return;
     }
-    const Tokens tokens = tokens_of_unit(place.request, unit);
+    const Tokens tokens = tokens_of_unit(request, min(unit + lane / kUnitTokens, request.num_units - 1));
     const int token = min(tokens.first + lane % kUnitTokens, tokens.end - 1);
-    if (in_tile(token)) {
-      return block_of(attention.quantized, place.segment.request, params.page_tiles.divide(token >> params.log_group_size));
+    // With the full_precision bypass, tiles hold tokens as they are.
+    if (layout.full_precision && token >= request.num_sinks && token < request.shared_boundary) {
+      const int tile = token >> params.log_group_size, page = params.page_tiles.divide(tile);
+      const int block = block_of(attention.quantized, place.segment.request, page);
+      source = page_of(attention.quantized, block, place.head) +
+               (tile - page * params.page_tiles.value) * layout.tile_bytes + (token & (layout.group_size - 1)) * kRowBytes;
+      value_distance = layout.v_codes_offset;
+    } else {
+      const int page = params.full_page_tokens.divide(token);
+      const int block = block_of(attention.full, place.segment.request, page);
+      source = full_token_at(layout, attention.full, block, place.head, token - page * params.full_page_tokens.value,
+                             sizeof(T));
+      value_distance = kRowBytes;
     }
-    return block_of(attention.full, place.segment.request, params.full_page_tokens.divide(token));
   }
 
-  // With the full_precision bypass, tiles hold tokens as they are.
-  __device__ bool in_tile(int token) const {
-    return layout.full_precision && token >= place.request.num_sinks && token < place.request.shared_boundary;
-  }
-
-  __device__ void start_copy(int unit, int block, int stage) const {
+  __device__ void start_copy(int unit, int stage) {
+    constexpr int kLanesOfUnit = kUnitTokens;
     const uint32_t to = shared_address(stages) + stage * params.stage_bytes, barrier = barriers + 8 * stage;
-    const AttentionParams& attention = params.attention;
+    int index = unit - sources_from;
     if (unit < place.request.num_tiles) {
-      const char* tile = page_of(attention.quantized, block, place.head) +
-                         params.page_tiles.modulo(place.request.first_tile + unit) * layout.tile_bytes;
-      begin_copies(barrier, layout.tile_bytes, lane);
+      if (index == 32) {
+        find_sources(unit);
+        index = 0;
+      }
       if constexpr (kBulkCopies) {
-        if (lane == 0) bulk_copy(to, tile, layout.tile_bytes, barrier);
+        if (lane == index) {
+          expect_bytes(barrier, layout.tile_bytes);
+          bulk_copy(to, source, layout.tile_bytes, barrier);
+        }
       } else {
+        const char* tile = shuffle(source, index);
         for (int i = 16 * lane; i < layout.tile_bytes; i += 512) copy16(to + i, tile + i);
       }
     } else {
-      const Tokens tokens = tokens_of_unit(place.request, unit);
-      const int token = min(tokens.first + lane % kUnitTokens, tokens.end - 1);
-      const char* key;
-      const char* value;
-      if (in_tile(token)) {
-        key = page_of(attention.quantized, block, place.head) +
-              params.page_tiles.modulo(token >> params.log_group_size) * layout.tile_bytes +
-              (token & (layout.group_size - 1)) * kRowBytes;
-        value = key + layout.v_codes_offset;
-      } else {
-        key = full_token_at(layout, attention.full, block, place.head, params.full_page_tokens.modulo(token), sizeof(T));
-        value = key + kRowBytes;
+      if (index == 32 / kLanesOfUnit || unit == place.request.num_tiles) {
+        find_sources(unit);
+        index = 0;
       }
-      const bool is_value = lane / kUnitTokens % 2;
-      const char* from = is_value ? value : key;
-      const uint32_t row_to = to + lane % kUnitTokens * kTokenStride + is_value * kRowBytes;
-      begin_copies(barrier, 2 * kUnitTokens * kRowBytes, lane);
       if constexpr (kBulkCopies) {
-        if (lane < 2 * kUnitTokens) bulk_copy(row_to, from, kRowBytes, barrier);
-      } else {  // two lanes a row
-        for (int i = 16 * (lane / (2 * kUnitTokens)); i < kRowBytes; i += 32) copy16(row_to + i, from + i);
+        if (lane == index * kLanesOfUnit) expect_bytes(barrier, 2 * kUnitTokens * kRowBytes);
+        __syncwarp();
+        if (lane / kLanesOfUnit == index) {
+          const uint32_t row_to = to + lane % kLanesOfUnit * kTokenStride;
+          if (layout.full_precision) {
+            bulk_copy(row_to, source, kRowBytes, barrier);
+            bulk_copy(row_to + kRowBytes, source + value_distance, kRowBytes, barrier);
+          } else {
+            bulk_copy(row_to, source, 2 * kRowBytes, barrier);
+          }
+        }
+      } else {  // 4 lanes a token
+        const int from_lane = index * kLanesOfUnit + lane % kLanesOfUnit;
+        const char* key = shuffle(source, from_lane);
+        const char* value = key + __shfl_sync(~0u, value_distance, from_lane);
+        const uint32_t row_to = to + lane % kLanesOfUnit * kTokenStride;
+        for (int i = 16 * (lane / kLanesOfUnit); i < kRowBytes; i += 64) {
+          copy16(row_to + i, key + i);
+          copy16(row_to + kRowBytes + i, value + i);
+        }
       }
     }
     end_copies(barrier);
@@ -307,7 +338,7 @@ struct Decoder {
       for (int i = 0; i < 4; ++i) output[block][i] = 0;
     }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) zeros[i] = 0;
+    for (int i = 0; i < 4; ++i) zeros[0][i] = zeros[1][i] = 0;
     maximum[0] = maximum[1] = -1e30f;
     sum[0] = sum[1] = 0;
     key_exponent = value_exponent = zero_exponent = Relative<T>::kLowest;
@@ -325,7 +356,7 @@ struct Decoder {
       const int at = lane % 2 == 0 ? position<V_BITS>(i) : position<V_BITS>(2 + i);
       value_shift[i] = Relative<T>::shift(value_exponent, kValueScaleTop, at);
       factor[i] = power_of_two(query_exponent[i] + 24 - kKeyScaleTop + key_exponent - Relative<T>::kBias) *
-                  params.attention.scale;
+                  (params.attention.scale * kLog2E);
     }
   }
 
@@ -339,17 +370,23 @@ struct Decoder {
     }
   }
 
-  // Turns N products of columns 2t and 2t + 1, of tokens of which other lanes hold others, into elements of P. Scores
-  // are product * factor + start; limit is the soft cap, 0 for none.
+  // Of columns 2t and 2t + 1.
+  __device__ void rescale_zeros(float even, float odd) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      zeros[0][i] *= i % 2 == 0 ? even : odd;
+      zeros[1][i] *= i % 2 == 0 ? even : odd;
+    }
+  }
+
+  // Turns N products of columns 2t and 2t + 1, of tokens of which other lanes hold others, into elements of P. Scores,
+  // as exponents of 2, are product * factor + start.
   template <int N>
   __device__ void take_softmax(float (&products)[N][2], float (&factor)[2], float (&start)[2]) {
-    constexpr float kLog2E = 1.4426950408889634f;
     if (params.attention.logits_soft_cap > 0) cap(products, factor, start);
     float relative[N][2], highest[2];
 #pragma unroll
     for (int column = 0; column < 2; ++column) {
-      factor[column] *= kLog2E;
-      start[column] *= kLog2E;
       const float offset = start[column] + (kProbabilityExponent - maximum[column]);
 #pragma unroll
       for (int i = 0; i < N; ++i) {
@@ -369,16 +406,16 @@ struct Decoder {
         lowered[column] = exp2_approx(maximum[column] - high);
         maximum[column] = high;
         sum[column] *= lowered[column];
-        zeros[column] *= lowered[column];
 #pragma unroll
         for (int i = 0; i < N; ++i) {
           // Of huge scores the maximum is rounded, and this is not.
-          relative[i][column] = fminf(
-              fmaf(products[i][column], factor[column], start[column] + (kProbabilityExponent - high)),
-              kProbabilityExponent + kHeadroom);
+          relative[i][column] =
+              fminf(fmaf(products[i][column], factor[column], start[column] + (kProbabilityExponent - high)),
+                    kProbabilityExponent + kHeadroom);
         }
       }
       rescale(lowered[0], lowered[1]);
+      rescale_zeros(lowered[0], lowered[1]);
     }
 #pragma unroll
     for (int i = 0; i < N; ++i) {
@@ -393,13 +430,13 @@ struct Decoder {
   // Caps scores; afterwards they are the products. tanh(x) = 1 - 2 / (exp(2 x) + 1).
   template <int N>
   __device__ void cap(float (&products)[N][2], float (&factor)[2], float (&start)[2]) const {
-    const float limit = params.attention.logits_soft_cap;
+    const float limit = params.attention.logits_soft_cap * kLog2E;
 #pragma unroll
     for (int column = 0; column < 2; ++column) {
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         const float score = fmaf(products[i][column], factor[column], start[column]);
-        const float power = exp2_approx(score * (2.8853900817779268f / limit));
+        const float power = exp2_approx(score * (2 * kLog2E / limit));
         products[i][column] = score == -INFINITY ? score : limit - __fdividef(2 * limit, power + 1);
       }
       factor[column] = 1;
@@ -418,9 +455,9 @@ struct Decoder {
   // --------------------------------------------------------------------------------------------------------- tile
 
   // Reads pairs of scales or zeros that are `distance` elements apart.
-  __device__ static uint2 load_pairs(const char* section, int element, int distance) {
-    const T* from = reinterpret_cast<const T*>(section) + element;
-    uint2 pairs = {*reinterpret_cast<const uint32_t*>(from), *reinterpret_cast<const uint32_t*>(from + distance)};
+  __device__ static uint2 load_pairs(const char* from, int distance) {
+    uint2 pairs = {*reinterpret_cast<const uint32_t*>(from),
+                   *reinterpret_cast<const uint32_t*>(from + distance * sizeof(T))};
     interleave(pairs.x, pairs.y);
     return pairs;
   }
@@ -431,41 +468,44 @@ struct Decoder {
     return __reduce_max_sync(~0u, max(high, exponent));
   }
 
-  // Writes scales and zeros of 32 tokens as half2, in the order in which `attend_tile` reads them. Lanes that have
-  // nothing to do repeat the last one's work.
-  __device__ void prepare(const char* tile, int first_token) {
-    constexpr int kRounds = (D / 4 + 31) / 32;
-    constexpr int kHalfWord = kPairs<K_BITS>;  // channels
-    const int last_slot = 8 * layout.num_value_groups - 1;
-    uint2 keys[kRounds], scales[kRounds], zero_pairs[kRounds];
-    uint32_t largest_key = 0, largest_scale = 0, largest_zero = 0;
+  static constexpr int kRounds = (D / 4 + 31) / 32;
+
+  // Of this lane, from the begin of a tile.
+  __device__ int key_scales_at(int round) const {
+    constexpr int kHalfWord = kPairs<K_BITS>;                 // channels
+    const int channel = 2 * min(lane + 32 * round, D / 4 - 1);  // slots: 2 channels and those half a word later
+    return layout.k_scale_offset + sizeof(T) * (channel / kHalfWord * (2 * kHalfWord) + channel % kHalfWord);
+  }
+
+  __device__ int value_scales_at(int round) const {
+    const int slot = min(lane + 32 * round, 8 * layout.num_value_groups - 1);  // slots: 2 tokens and those 4 later
+    return layout.v_scale_offset +
+           sizeof(T) * ((slot / 8 << params.log_group_size) + slot % 8 / 2 * 8 + slot % 2 * 2);
+  }
+
+  struct Prepared {
+    uint2 keys[kRounds], scales[kRounds], zeros[kRounds];
+    uint32_t largest_key, largest_scale, largest_zero;
+  };
+
+  __device__ Prepared load_scales(const char* tile, int first_token) const {
+    Prepared p;
+    p.largest_key = p.largest_scale = p.largest_zero = 0;
+    const char* value_scales = tile + first_token * sizeof(T);
 #pragma unroll
     for (int i = 0; i < kRounds; ++i) {
-      const int channel = 2 * min(lane + 32 * i, D / 4 - 1);  // slots: 2 channels and those half a word later
-      keys[i] = load_pairs(tile + layout.k_scale_offset,
-                           channel / kHalfWord * (2 * kHalfWord) + channel % kHalfWord, kHalfWord);
-      largest_key = __vmaxu2(largest_key, __vmaxu2(keys[i].x, keys[i].y));
-      const int slot = min(lane + 32 * i, last_slot);  // slots: 2 tokens and those 4 later
-      const int element = (slot / 8 << params.log_group_size) + first_token + slot % 8 / 2 * 8 + slot % 2 * 2;
-      scales[i] = load_pairs(tile + layout.v_scale_offset, element, 4);
-      zero_pairs[i] = load_pairs(tile + layout.v_zero_offset, element, 4);
-      largest_scale = __vmaxu2(largest_scale, __vmaxu2(scales[i].x, scales[i].y));
-      largest_zero = __vmaxu2(largest_zero, __vmaxu2(zero_pairs[i].x & 0x7FFF7FFF, zero_pairs[i].y & 0x7FFF7FFF));
+      const int value_at = i == 0 ? first_value_scales : value_scales_at(i);
+      p.keys[i] = load_pairs(tile + (i == 0 ? first_key_scales : key_scales_at(i)), kPairs<K_BITS>);
+      p.scales[i] = load_pairs(value_scales + value_at, 4);
+      p.zeros[i] = load_pairs(value_scales + value_at + (layout.v_zero_offset - layout.v_scale_offset), 4);
+      p.largest_key = __vmaxu2(p.largest_key, __vmaxu2(p.keys[i].x, p.keys[i].y));
+      p.largest_scale = __vmaxu2(p.largest_scale, __vmaxu2(p.scales[i].x, p.scales[i].y));
+      p.largest_zero = __vmaxu2(p.largest_zero, __vmaxu2(p.zeros[i].x & 0x7FFF7FFF, p.zeros[i].y & 0x7FFF7FFF));
     }
-    const bool larger = __vmaxu2(largest_key, key_limit) != key_limit ||
-                        __vmaxu2(largest_scale, value_limit) != value_limit ||
-                        __vmaxu2(largest_zero, zero_limit) != zero_limit;
-    if (__any_sync(~0u, larger)) {
-      const int value_before = value_exponent, zero_before = zero_exponent;
-      key_exponent = larger_exponent(largest_key, key_exponent);
-      value_exponent = larger_exponent(largest_scale, value_exponent);
-      zero_exponent = larger_exponent(largest_zero, zero_exponent);
-      set_scales();
-      const float factor = power_of_two(value_before - value_exponent);
-      rescale(factor, factor);
-      zeros[0] *= power_of_two(zero_before - zero_exponent);
-      zeros[1] *= power_of_two(zero_before - zero_exponent);
-    }
+    return p;
+  }
+
+  __device__ void store_scales(const Prepared& p) const {
     uint2* out = reinterpret_cast<uint2*>(prepared) + lane;
     const auto signed_half = [&](uint32_t pair) {
       return Relative<T>::to_half(pair & 0x7FFF7FFF, zero_shift) | (pair & 0x80008000);
@@ -473,35 +513,65 @@ struct Decoder {
 #pragma unroll
     for (int i = 0; i < kRounds; ++i) {
       if (D % 128 != 0 && lane >= D / 4) break;
-      out[32 * i] = {Relative<T>::to_half(keys[i].x, key_shift), Relative<T>::to_half(keys[i].y, key_shift)};
-      out[32 * i + D / 4] = {Relative<T>::to_half(scales[i].x, value_shift[0]),
-                             Relative<T>::to_half(scales[i].y, value_shift[1])};
-      out[32 * i + D / 2] = {signed_half(zero_pairs[i].x), signed_half(zero_pairs[i].y)};
+      out[32 * i] = {Relative<T>::to_half(p.keys[i].x, key_shift), Relative<T>::to_half(p.keys[i].y, key_shift)};
+      out[32 * i + D / 4] = {Relative<T>::to_half(p.scales[i].x, value_shift[0]),
+                             Relative<T>::to_half(p.scales[i].y, value_shift[1])};
+      // Pairs 0, 2, 1, 3: see multiply_values.
+      uint32_t* zeros_out = reinterpret_cast<uint32_t*>(prepared) + D + (lane + 32 * i) / 2 * 4 + lane % 2;
+      zeros_out[0] = signed_half(p.zeros[i].x);
+      zeros_out[2] = signed_half(p.zeros[i].y);
+    }
+  }
+
+  // Writes scales and zeros of 32 tokens as half2, in the order in which products read them. Lanes that have nothing
+  // to do repeat the last one's work. `meanwhile` is done while the loads are under way.
+  template <class Meanwhile>
+  __device__ void prepare(const char* tile, int first_token, Meanwhile meanwhile) {
+    const Prepared p = load_scales(tile, first_token);
+    meanwhile();
+    const bool larger = __vmaxu2(p.largest_key, key_limit) != key_limit ||
+                        __vmaxu2(p.largest_scale, value_limit) != value_limit ||
+                        __vmaxu2(p.largest_zero, zero_limit) != zero_limit;
+    store_scales(p);
+    if (__any_sync(~0u, larger)) {
+      const int value_before = value_exponent, zero_before = zero_exponent;
+      key_exponent = larger_exponent(p.largest_key, key_exponent);
+      value_exponent = larger_exponent(p.largest_scale, value_exponent);
+      zero_exponent = larger_exponent(p.largest_zero, zero_exponent);
+      set_scales();
+      const float factor = power_of_two(value_before - value_exponent);
+      rescale(factor, factor);
+      const float zero_factor = power_of_two(zero_before - zero_exponent);
+      rescale_zeros(zero_factor, zero_factor);
+      store_scales(load_scales(tile, first_token));
     }
     __syncwarp();
   }
 
-  __device__ void attend_tile(const char* tile, int tile_index) {
-    const int first = tile_index * layout.group_size;
+  __device__ void attend_tile(const char* tile, int unit) {
+    const int first = (place.request.first_tile + unit) << params.log_group_size;
     // Warp-uniform: a tile that not every column reads whole.
     const bool edge = first < layout.sink_tokens || first >= place.request.shared_boundary;
+#pragma unroll 1
     for (int first_token = 0; first_token < layout.group_size; first_token += kSubTile) {
-      prepare(tile, first_token);
-      float key_zeros[4] = {}, scores[2][4] = {};  // block m: rows g and g + 8 are tokens 4 g + 2 m and + 1
-      const uint32_t zero_row = shared_address(tile + layout.k_zero_offset) + lane / 16 * 16;
+      float key_zeros[2][4] = {}, scores[2][4] = {};  // block m: rows g and g + 8 are tokens 4 g + 2 m and + 1
+      prepare(tile, first_token, [&] {
+        const uint32_t zero_row = shared_address(tile) + key_zeros_at;
 #pragma unroll
-      for (int i = 0; i < D / 16; ++i) {
-        uint32_t a[4];
-        ldmatrix(a, zero_row + 32 * i);  // every row of A is the same
-        mma_k16<T>(key_zeros, a[0], a[1], a[2], a[3], query[2 * i], query[2 * i + 1]);
-      }
+        for (int i = 0; i < D / 16; ++i) {
+          uint32_t a[4];
+          ldmatrix(a, zero_row + 32 * i);  // every row of A is the same
+          mma_k16<T>(key_zeros[i % 2], a[0], a[1], a[2], a[3], query[2 * i], query[2 * i + 1]);
+        }
+      });
       multiply_keys(tile, first_token, scores);
 
       float probability[4][2];  // of tokens 4 g + ...
 #pragma unroll
       for (int i = 0; i < 8; ++i) probability[i / 2][i % 2] = scores[i / 4][i % 4];
-      float factors[2] = {factor[0], factor[1]};
-      float start[2] = {key_zeros[0] * params.attention.scale, key_zeros[1] * params.attention.scale};
+      float factors[2] = {factor[0], factor[1]}, start[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) start[i] = (key_zeros[0][i] + key_zeros[1][i]) * (params.attention.scale * kLog2E);
       if (edge) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -522,12 +592,12 @@ struct Decoder {
 
   __device__ void multiply_keys(const char* tile, int first_token, float (&scores)[2][4]) const {
     constexpr int kPairsOfWord = kPairs<K_BITS>;
-    const uint4* codes = reinterpret_cast<const uint4*>(tile + layout.k_codes_offset + 4 * (first_token + 4 * g));
+    const char* codes = tile + key_codes + 4 * first_token;
     const uint32_t* scale = reinterpret_cast<const uint32_t*>(prepared);
 #pragma unroll
     for (int i = 0; i < kKeyWords; ++i) {
       const int word = t + 4 * i;
-      const uint4 words = codes[word * layout.group_size / 4u];
+      const uint4 words = *reinterpret_cast<const uint4*>(codes + i * (16 * layout.group_size));
       uint32_t folded[kPairsOfWord];
       if constexpr (kPairsOfWord == 2) {
         const uint2 scales = reinterpret_cast<const uint2*>(scale)[word];
@@ -556,25 +626,18 @@ struct Decoder {
 
   __device__ void multiply_values(const char* tile, int first_token, const uint32_t (&weights)[4]) {
     const uint4* scales = reinterpret_cast<const uint4*>(prepared + 2 * D) + t;
-    const uint4 zero =
-        g < layout.num_value_groups ? reinterpret_cast<const uint4*>(prepared + 4 * D)[4 * g + t] : uint4{};
-    mma_k16<__half>(zeros, zero.x, 0, zero.y, 0, weights[0], weights[1]);
-    mma_k16<__half>(zeros, zero.z, 0, zero.w, 0, weights[2], weights[3]);
+    // One A serves both halves of the tokens: the sums of the first in rows g, of the second in rows g + 8. Rows that
+    // are no value group are never read.
+    const uint4 zero = reinterpret_cast<const uint4*>(prepared + 4 * D)[lane % (D / 8)];
+    mma_k16<__half>(zeros[0], zero.x, zero.y, zero.z, zero.w, weights[0], weights[1]);
+    mma_k16<__half>(zeros[1], zero.x, zero.y, zero.z, zero.w, weights[2], weights[3]);
     // Words of tokens 8 t ... 8 t + 7 and channels 4 g ... 4 g + 3 of each 32.
-    const char* codes = tile + layout.v_codes_offset + (first_token / 8 + t) * (D * V_BITS) + g * (4 * V_BITS);
-    uint32_t folded[4];
-    int group = -1;
+    const char* codes = tile + value_codes + first_token / 8 * (D * V_BITS);
 #pragma unroll
     for (int b = 0; b < D / 32; ++b) {
-      const int group_of_block = 32 * b >> params.log_group_size;
-      if (group_of_block != group) {
-        group = group_of_block;
-        const uint4 scale = scales[4 * group];
-        folded[0] = multiply(weights[0], scale.x);
-        folded[1] = multiply(weights[1], scale.y);
-        folded[2] = multiply(weights[2], scale.z);
-        folded[3] = multiply(weights[3], scale.w);
-      }
+      const uint4 scale = scales[4 * (32 * b >> params.log_group_size)];
+      const uint32_t folded[4] = {multiply(weights[0], scale.x), multiply(weights[1], scale.y),
+                                  multiply(weights[2], scale.z), multiply(weights[3], scale.w)};
       uint32_t words[V_BITS];
       if constexpr (V_BITS == 2) {
         reinterpret_cast<uint2&>(words) = *reinterpret_cast<const uint2*>(codes + b * 32 * V_BITS);
@@ -612,8 +675,8 @@ struct Decoder {
 #pragma unroll
     for (int b = 0; b < D / 32; ++b) {
       const int from = (32 * b >> params.log_group_size) * 4 + t;
-      const float even = __shfl_sync(~0u, zeros[0], from) * zero_unit;
-      const float odd = __shfl_sync(~0u, zeros[1], from) * zero_unit;
+      const float even = __shfl_sync(~0u, zeros[0][0] + zeros[1][2], from) * zero_unit;
+      const float odd = __shfl_sync(~0u, zeros[0][1] + zeros[1][3], from) * zero_unit;
 #pragma unroll
       for (int x = 0; x < 2; ++x) {
         output[2 * b + x][0] += even;
@@ -622,7 +685,6 @@ struct Decoder {
         output[2 * b + x][3] += odd;
       }
     }
-    zeros[0] = zeros[1] = 0;
   }
 
   // The column's sums over all lanes.
@@ -648,7 +710,8 @@ struct Decoder {
       mma_k16<T>(scores, a[2], 0, a[3], 0, query[4 * i + 2], query[4 * i + 3]);
     }
     float probability[1][2] = {{scores[0], scores[1]}};
-    float factors[2] = {params.attention.scale, params.attention.scale}, start[2] = {};
+    const float scale = params.attention.scale * kLog2E;
+    float factors[2] = {scale, scale}, start[2] = {};
     const int token = tokens.first + g;
 #pragma unroll
     for (int column = 0; column < 2; ++column) {
@@ -790,27 +853,21 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kBlocksPerMultiprocessor<D>)
 
       int unit = place.from - place.segment.item_begin, next = unit;
       const int last = place.to - place.segment.item_begin;
-      int block = kernel.find_block(next);
-      const auto start_next = [&](int stage) {
-        kernel.start_copy(next, block, stage);
-        if (++next < last) block = kernel.find_block(next);
-      };
-      for (int stage = 0; stage < num_stages; ++stage) {
-        if (next < last) start_next(stage);
-      }
+      kernel.find_sources(unit);
+      for (int stage = 0; stage < num_stages && next < last; ++stage) kernel.start_copy(next++, stage);
       kernel.begin_segment(ratio);
       int stage = 0;
       const int end_of_tiles = min(last, place.request.num_tiles);
       for (; unit < end_of_tiles; ++unit) {
-        kernel.attend_tile(kernel.wait(stage), place.request.first_tile + unit);
-        if (next < last) start_next(stage);
+        kernel.attend_tile(kernel.wait(stage), unit);
+        if (next < last) kernel.start_copy(next++, stage);
         stage = stage + 1 == num_stages ? 0 : stage + 1;
       }
       kernel.end_tiles();
       for (; unit < last; ++unit) {
         kernel.attend_tokens(kernel.wait(stage), unit);
         __syncwarp();
-        if (next < last) start_next(stage);
+        if (next < last) kernel.start_copy(next++, stage);
         stage = stage + 1 == num_stages ? 0 : stage + 1;
       }
       kernel.finish_sums();
@@ -907,18 +964,18 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kBlocksPerMultiprocessor<D>)
           return __ldcg(&params.extremes[slot_of(b) * kColumns + column + c]);
         };
         Extremes all;
-#pragma unroll 1
+#pragma unroll 8
         for (int b = first_block; b <= last_block; ++b) {
           for (int c = 0; c < 2; ++c) all.raise(c, part_extreme(b, c));
         }
-#pragma unroll 1
+#pragma unroll 8
         for (int b = first_block; b <= last_block; ++b) {
           for (int c = 0; c < 2; ++c) all.add(c, part_extreme(b, c));
         }
 #pragma unroll 1
         for (int i = thread; i < kElements; i += blockDim.x) {
           float4 sums = {};
-#pragma unroll 4
+#pragma unroll 8
           for (int b = first_block; b <= last_block; ++b) {
             add_scaled(sums, __ldcg(&partials[slot_of(b) * kElements + i]),
                        exp2f(part_extreme(b, 0).x - all.maximum[0]), exp2f(part_extreme(b, 1).x - all.maximum[1]));

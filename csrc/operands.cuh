@@ -35,8 +35,9 @@ __device__ inline void unpack(uint32_t word, uint32_t (&pairs)[kPairs<BITS>]) {
 }
 
 __device__ inline uint32_t multiply(uint32_t a, uint32_t b) {  // half2
-  const __half2 product = __hmul2(reinterpret_cast<__half2&>(a), reinterpret_cast<__half2&>(b));
-  return reinterpret_cast<const uint32_t&>(product);
+  uint32_t product;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+  return product;
 }
 
 __device__ inline float power_of_two(int exponent) {

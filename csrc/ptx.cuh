@@ -71,6 +71,17 @@ __device__ inline uint32_t movmatrix(uint32_t in) {
   return out;
 }
 
+// The value, but not what it was computed from: keeps it in a register.
+__device__ inline int opaque(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
+template <class T>
+__device__ inline T* shuffle(T* pointer, int lane) {
+  return reinterpret_cast<T*>(__shfl_sync(~0u, reinterpret_cast<uintptr_t>(pointer), lane));
+}
+
 __device__ inline float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -78,9 +89,8 @@ __device__ inline float exp2_approx(float x) {
 }
 
 // ---------------------------------------------------------------------------------------------------- asynchronous
-// Copies global -> shared memory that complete on an mbarrier. Since sm_90 one lane copies a run of any length; before,
-// the lanes of a warp share it out in pieces of 16 bytes. Either way: all lanes call begin_copies, then copy, then
-// end_copies.
+// Copies global -> shared memory that complete on an mbarrier. Since sm_90 a lane copies a run of any length: one calls
+// expect_bytes before; else all lanes call copy16, and end_copies after.
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 constexpr bool kBulkCopies = true;
@@ -92,13 +102,8 @@ __device__ inline void mbarrier_init(uint32_t barrier) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(kBulkCopies ? 1 : 32) : "memory");
 }
 
-__device__ inline void begin_copies(uint32_t barrier, uint32_t bytes, int lane) {
-  if constexpr (kBulkCopies) {
-    if (lane == 0) {
-      asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-    }
-    __syncwarp();
-  }
+__device__ inline void expect_bytes(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
 __device__ inline void bulk_copy(uint32_t to, const char* from, uint32_t bytes, uint32_t barrier) {

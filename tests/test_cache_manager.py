@@ -186,3 +186,9 @@ def test_capacity_is_what_fits():
 def test_a_pool_too_small_for_one_request_is_refused():
     with pytest.raises(ValueError, match="max-model-len"):
         make_manager(num_blocks=60)
+
+
+def test_a_runner_leaves_the_block_table_alone():
+    """vLLM 0.33 would put the null block below a sliding window, and with it over the sinks."""
+    config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=MAX_MODEL_LEN), num_speculative_tokens=0)
+    assert full_precision_spec(config, KVFormat("kivi2", 64, 3, "bfloat16", sink_tokens=4)).num_retained_tokens == 0

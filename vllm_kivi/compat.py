@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -11,9 +13,12 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
-SUPPORTED = ((0, 32),)
+    _PromptLengths = Callable[[Any, CommonAttentionMetadata], torch.Tensor | None]
 
-_runner_prompt_tokens: torch.Tensor | None = None
+SUPPORTED = ((0, 32), (0, 33))
+
+# Of the runner that builds metadata now.
+_prompt_lengths: Callable[[CommonAttentionMetadata], torch.Tensor | None] | None = None
 
 
 def check_version() -> None:
@@ -32,9 +37,32 @@ def check_version() -> None:
 def register_cache_dtypes(names: Iterable[str], storage: torch.dtype) -> None:
     """Make vLLM accept our --kv-cache-dtype values.
 
-    Why: 0.32 checks them against a Literal in pydantic dataclasses. How: extend the Literal and rebuild the dataclasses
-    that were compiled with it. Remove when 0.32 is dropped: 0.33 has register_kv_cache_dtype.
+    Why: 0.33 has a hook for it, and 0.32 has none. How: as below. Remove when 0.32 is dropped: then _register_handlers
+    is what is left.
     """
+    import vllm.config.cache as cache
+
+    if hasattr(cache, "register_kv_cache_dtype"):
+        _register_handlers(names, storage)
+    else:
+        _extend_literal(names, storage)
+
+
+def _register_handlers(names: Iterable[str], storage: torch.dtype) -> None:
+    """0.33. The mode is NONE, as vLLM takes an unknown name on 0.32: CUSTOM, which is meant for plugins, is the same
+    number as OCTAVE_K3V4, so that vLLM takes it for that format."""
+    import vllm.config.cache as cache
+    from vllm.v1.kv_cache_interface import KVQuantMode
+
+    config: Any = cache
+    for name in names:
+        if config.get_kv_cache_dtype_handler(name) is None:
+            methods = {"torch_dtype": lambda self: storage, "quant_mode": lambda self: KVQuantMode.NONE}
+            config.register_kv_cache_dtype(name)(type("KiviCacheDType", (), {"name": name, **methods}))
+
+
+def _extend_literal(names: Iterable[str], storage: torch.dtype) -> None:
+    """0.32 checks names against a Literal in pydantic dataclasses: extend it and rebuild what was compiled with it."""
     import vllm.config.cache as cache
     import vllm.config.vllm as config
     import vllm.engine.arg_utils as arg_utils
@@ -91,14 +119,16 @@ def extend_platform(
         check_config(vllm_config)
 
     def update_block_size_for_backend(cls: Any, vllm_config: VllmConfig) -> None:
-        # Stock code grows the block size until a quantized page covers a skipped layer's page of as many tokens, which
-        # a format that is no power of two smaller never does. Our specs make the pages equal by themselves.
         cache_config = vllm_config.cache_config
-        skipped = cache_config.kv_cache_dtype_skip_layers
-        if is_ours(cache_config.cache_dtype):
-            cache_config.kv_cache_dtype_skip_layers = []
+        if not is_ours(cache_config.cache_dtype):
+            return stock_block_size(cls, vllm_config)
+        # Stock code prefers a size of its own to the one that check_config chose and layers were made for. And it grows
+        # the block until a quantized page covers a skipped layer's page of as many tokens, which a format that is no
+        # power of two smaller never does: our specs make the pages equal by themselves.
+        skipped, specified = cache_config.kv_cache_dtype_skip_layers, cache_config.user_specified_block_size
+        cache_config.kv_cache_dtype_skip_layers, cache_config.user_specified_block_size = [], True
         stock_block_size(cls, vllm_config)
-        cache_config.kv_cache_dtype_skip_layers = skipped
+        cache_config.kv_cache_dtype_skip_layers, cache_config.user_specified_block_size = skipped, specified
 
     platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
     platform.check_and_update_config = classmethod(check_and_update_config)
@@ -110,35 +140,47 @@ def expose_prompt_lengths() -> None:
     """Make prompt lengths known to num_prompt_tokens.
 
     Why: a preempted request is recomputed in one chunk, in which generated tokens must attend as they did when they
-    were decoded; the first model runner tells backends where a prompt ends only for models with R-SWA. How: remember
-    the runner's tensor while it builds metadata. Remove when CommonAttentionMetadata always has it, as under the
-    second model runner.
+    were decoded; both model runners tell backends where a prompt ends only for models with R-SWA. How: remember the
+    runner while it builds metadata; called by a metadata builder, so that its class is loaded already. Remove when
+    CommonAttentionMetadata always has it.
     """
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+    for module, method, lengths in (
+        ("vllm.v1.worker.gpu_model_runner", "_build_attention_metadata", _first_runner_lengths),
+        ("vllm.v1.worker.gpu.model_runner", "execute_model", _second_runner_lengths),
+    ):
+        if module in sys.modules:
+            _remember_runner(sys.modules[module].GPUModelRunner, method, lengths)
 
-    runner: Any = GPUModelRunner
-    stock = runner._build_attention_metadata
+
+def _first_runner_lengths(runner: Any, common: CommonAttentionMetadata) -> torch.Tensor:
+    return runner.input_batch.num_prompt_tokens_cpu_tensor[: common.num_reqs]
+
+
+def _second_runner_lengths(runner: Any, common: CommonAttentionMetadata) -> torch.Tensor | None:
+    if common.req_idx is None:  # models with Mamba layers
+        return None
+    return torch.from_numpy(runner.req_states.prompt_len.np[common.req_idx])
+
+
+def _remember_runner(runner_cls: Any, method: str, lengths: _PromptLengths) -> None:
+    stock = getattr(runner_cls, method)
     if getattr(stock, "_kivi", False):
         return
 
-    def _build_attention_metadata(self: Any, *args: Any, **kwargs: Any) -> Any:
-        global _runner_prompt_tokens
-        _runner_prompt_tokens = self.input_batch.num_prompt_tokens_cpu_tensor
+    @functools.wraps(stock)
+    def remembering(self: Any, *args: Any, **kwargs: Any) -> Any:
+        global _prompt_lengths
+        _prompt_lengths = functools.partial(lengths, self)
         try:
             return stock(self, *args, **kwargs)
         finally:
-            _runner_prompt_tokens = None
+            _prompt_lengths = None
 
-    _build_attention_metadata._kivi = True  # type: ignore[attr-defined]
-    runner._build_attention_metadata = _build_attention_metadata
+    remembering._kivi = True  # type: ignore[attr-defined]
+    setattr(runner_cls, method, remembering)
 
 
-def num_prompt_tokens(common: CommonAttentionMetadata) -> torch.Tensor:
-    """int32 [num_reqs] on the batch's device: where each request's prompt ends."""
-    lengths = common.rswa_prefix_lens
-    if lengths is None:
-        if _runner_prompt_tokens is None:
-            # A drafter's own batch: it has only decodes, which do not read this.
-            return common.seq_lens
-        lengths = _runner_prompt_tokens[: common.num_reqs]
-    return lengths.to(device=common.seq_lens.device, dtype=torch.int32, non_blocking=True)
+def num_prompt_tokens(common: CommonAttentionMetadata) -> torch.Tensor | None:
+    """int32 [num_reqs] on the CPU: where each request's prompt ends. None where it is unknown, as in a drafter's batch
+    or in a graph's capture."""
+    return None if _prompt_lengths is None else _prompt_lengths(common)

@@ -21,4 +21,3 @@ def register() -> None:
         cls = backend.KiviAttentionBackend
         register_backend(backend.NAME, f"{cls.__module__}.{cls.__qualname__}")
     compat.extend_platform(lambda dtype: dtype in PRESETS, backend.select, backend.check_config)
-    compat.expose_prompt_lengths()

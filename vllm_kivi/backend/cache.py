@@ -317,6 +317,12 @@ class FullPrecisionSpec(SlidingWindowSpec):
         boundary = max(0, (num_computed_tokens + 1 - self.residual_length) // self.group_size * self.group_size)
         return min(boundary, num_computed_tokens // self.group_size * self.group_size)
 
+    @property
+    def num_retained_tokens(self) -> int:
+        # vLLM 0.33's runner puts the null block wherever a sliding window does not reach, which would hide the sinks.
+        # Our kernels read exactly what they attend to, so nothing has to be hidden from them: 0 turns it off.
+        return 0
+
     def window_blocks(self, max_model_len: int) -> int:
         """Most blocks that one request holds between steps."""
         tokens = self.residual_length + self.group_size + self.num_speculative_tokens

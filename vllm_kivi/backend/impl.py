@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import cast
+import functools
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config
@@ -14,7 +16,9 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionTy
 from vllm_kivi import ops
 from vllm_kivi.backend.backend import KiviAttentionBackend, full_precision_spec, layer_format
 from vllm_kivi.backend.cache import FullPrecisionLayer
+from vllm_kivi.backend.heuristics import device, on_gpu, shared
 from vllm_kivi.backend.metadata import KiviMetadata
+from vllm_kivi.backend.prefill import GpuPrefill
 from vllm_kivi.format import PRESETS, KVFormat
 
 # Under vLLM's own logger, so that its level and handlers apply.
@@ -54,6 +58,9 @@ class KiviImpl(AttentionImpl[KiviMetadata]):
         self.kv_cache_dtype = kv_cache_dtype
         self.logits_soft_cap = float(logits_soft_cap or 0.0)
         self._vllm_config: VllmConfig | None = get_current_vllm_config()
+        # On a GPU; found here because it reads the current configuration.
+        self._flash_attention = _flash_attention(head_size, bool(logits_soft_cap)) if on_gpu() else None
+        self._gpu_prefill: GpuPrefill | None = None
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Give this layer its byte map and its full-precision pages: only now is its name known."""
@@ -69,8 +76,19 @@ class KiviImpl(AttentionImpl[KiviMetadata]):
         )
         layers[self.full_precision_name] = self.full_precision_layer
         self._layout = fmt.layout()
+        if self._flash_attention is not None:
+            self._prepare_gpu(fmt, self._flash_attention)
         _log_once(self._vllm_config, fmt)
         self._vllm_config = None
+
+    def _prepare_gpu(self, fmt: KVFormat, flash_attention: Callable[..., Any]) -> None:
+        """Take all memory that steps need now: before vLLM measures what is left for the cache, and before it captures
+        graphs."""
+        where = device()
+        self._workspace = shared(
+            ("decode", tuple(self._layout), where), lambda: ops.decode_workspace(self._layout, where)
+        )
+        self._gpu_prefill = GpuPrefill(fmt, self.scale, self.logits_soft_cap, flash_attention, where)
 
     def forward(
         self,
@@ -93,7 +111,10 @@ class KiviImpl(AttentionImpl[KiviMetadata]):
         """
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("kivi: fused output quantization is not supported")
+        gpu = self._gpu_prefill
         if attn_metadata is None:  # vLLM measures memory.
+            if gpu is not None:
+                gpu.reserve(query)
             return output.fill_(0)
         metadata = get_forward_context().attn_metadata
         if isinstance(metadata, list):
@@ -101,52 +122,50 @@ class KiviImpl(AttentionImpl[KiviMetadata]):
         assert isinstance(metadata, dict)
         quantized = attn_metadata
         full = cast(KiviMetadata, metadata[self.full_precision_name])
-        full_pages = self.full_precision_layer.kv_cache
-        num_tokens = quantized.num_actual_tokens
+        pages = kv_cache, self.full_precision_layer.kv_cache
+        num_tokens, decodes = quantized.num_actual_tokens, quantized.num_decodes
+        query_start_loc, seq_lens = quantized.query_start_loc, quantized.seq_lens
+        scale, soft_cap, layout = self.scale, self.logits_soft_cap, self._layout
         ops.store(
             key[:num_tokens],
             value[:num_tokens],
-            kv_cache,
-            full_pages,
+            *pages,
             quantized.block_table,
             full.block_table,
-            quantized.query_start_loc,
-            quantized.seq_lens,
-            self._layout,
+            query_start_loc,
+            seq_lens,
+            layout,
         )
-        decodes = quantized.num_decodes
         if decodes:
-            ops.decode(
-                output,
-                query,
-                kv_cache,
-                full_pages,
-                quantized.block_table[:decodes],
-                full.block_table[:decodes],
-                quantized.query_start_loc[: decodes + 1],
-                quantized.seq_lens[:decodes],
-                self.scale,
-                self.logits_soft_cap,
-                self._layout,
-            )
+            rows = slice(quantized.num_decode_tokens)
+            tables = quantized.block_table[:decodes], full.block_table[:decodes]
+            batch = (*tables, query_start_loc[: decodes + 1], seq_lens[:decodes])
+            workspace = None if gpu is None else self._workspace.tensors
+            ops.decode(output[rows], query[rows], *pages, *batch, scale, soft_cap, layout, workspace)
         if quantized.num_prefills:
-            ops.prefill(
-                output,
-                query,
-                key,
-                value,
-                kv_cache,
-                full_pages,
-                quantized.block_table[decodes:],
-                full.block_table[decodes:],
-                quantized.query_start_loc[decodes:],
-                quantized.seq_lens[decodes:],
-                quantized.num_prompt_tokens[decodes:],
-                self.scale,
-                self.logits_soft_cap,
-                self._layout,
-            )
+            tables = quantized.block_table[decodes:], full.block_table[decodes:]
+            if gpu is not None:
+                gpu(output, query, key, value, *pages, *tables, quantized.pieces)
+            else:
+                assert quantized.num_prompt_tokens is not None
+                batch = (*tables, query_start_loc[decodes:], seq_lens[decodes:])
+                prompts = quantized.num_prompt_tokens[decodes:]
+                ops.prefill(output, query, key, value, *pages, *batch, prompts, scale, soft_cap, layout)
         return output
+
+
+def _flash_attention(head_size: int, soft_cap: bool) -> Callable[..., Any]:
+    """vLLM's own FlashAttention for prefill, in the version that it would choose itself.
+
+    Raises:
+        RuntimeError: it does not load here.
+    """
+    from vllm.v1.attention.backends import fa_utils
+
+    version = fa_utils.get_flash_attn_version(head_size=head_size, requires_softcap=soft_cap)
+    if version is None:
+        raise RuntimeError("kivi: prefill on a GPU needs vLLM's FlashAttention, which does not load here")
+    return functools.partial(fa_utils.flash_attn_varlen_func, fa_version=version)
 
 
 def _log_once(vllm_config: VllmConfig, fmt: KVFormat) -> None:

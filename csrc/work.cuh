@@ -1,0 +1,127 @@
+// What decode does where: the line of units that is cut into equal parts, and the parameters of the kernel.
+#pragma once
+
+#include "page.cuh"
+
+namespace kivi::cuda {
+
+constexpr int kColumns = 8;
+constexpr int kUnitTokens = 8;  // of a full-precision unit
+constexpr int kMaxWarps = 4;
+template <int HEAD_DIM>
+constexpr int kBlocksPerMultiprocessor = HEAD_DIM <= 128 ? 3 : 2;  // by registers
+constexpr int kSubTile = 32;  // tokens of a tile that are attended at once
+
+// What P is multiplied by, and by how much a score may exceed the maximum, as exponents of 2. With the tops of
+// Relative: P * value scale < 2^(6 + 3 + 6) and Q * key scale < 2^(6 + 9), within fp16.
+constexpr int kProbabilityExponent = 6, kHeadroom = 3, kQueryExponent = 6;
+constexpr int kKeyScaleTop = 8, kValueScaleTop = 5, kValueZeroTop = 13;
+
+// n / value by a multiplication, for n * value < 2^32.
+struct Divisor {
+  uint32_t value, reciprocal;
+
+  Divisor() = default;
+  explicit Divisor(uint32_t value)
+      : value(value), reciprocal(value == 1 ? 0 : uint32_t((uint64_t(1) << 32) / value) + 1) {}
+  __device__ int divide(int n) const { return reciprocal == 0 ? n : __umulhi(n, reciprocal); }
+  __device__ int modulo(int n) const { return n - divide(n) * value; }
+};
+
+struct DecodeParams {
+  AttentionParams attention;
+  Divisor page_tiles, full_page_tokens, ratio;
+  int32_t log_group_size;
+  int32_t min_units;  // of a warp's part
+  int32_t num_stages;
+  int32_t stage_bytes;
+  float* first_sums;  // [blocks][warps][head_dim * 8] in the order of accumulators: of a warp's first segment
+  float* partials;    // [2 * blocks][head_dim * 8] likewise, of the items that a block does not hold whole
+  float2* extremes;   // [2 * blocks][8] maximum and sum of their columns
+  int32_t* finished;  // [blocks], 0 between launches
+};
+
+// Rows of a request in the units of this kernel.
+struct Request {
+  int first_row, num_rows, num_tokens;  // of this step; tokens of all
+  int first_tile, num_tiles;
+  int num_sinks, num_sink_units;
+  int window;           // first token of the window
+  int shared_boundary;  // below it, all rows read tiles
+  int num_units, num_items;
+
+  Request() = default;
+  __device__ Request(const AttentionParams& params, int index, int ratio) {
+    const Layout& layout = params.layout;
+    first_row = params.batch.query_start_loc[index];
+    num_rows = params.batch.query_start_loc[index + 1] - first_row;
+    num_tokens = params.batch.seq_lens[index];
+    if (num_rows <= 0 || num_tokens < num_rows) num_rows = num_tokens = 0;
+    const int last = boundary(layout, num_tokens), first = boundary(layout, num_tokens - max(num_rows - 1, 0));
+    num_sinks = min(layout.sink_tokens, num_tokens);
+    num_sink_units = unsigned(num_sinks + kUnitTokens - 1) / kUnitTokens;
+    window = max(layout.full_precision ? 0 : first, num_sinks);
+    shared_boundary = first;
+    const int log_group = 31 - __clz(layout.group_size);
+    first_tile = num_sinks >> log_group;
+    num_tiles = layout.full_precision ? 0 : max((last >> log_group) - first_tile, 0);
+    num_units = num_tiles + num_sink_units + unsigned(num_tokens - window + kUnitTokens - 1) / kUnitTokens;
+    num_items = layout.num_kv_heads * (unsigned(num_rows * ratio + kColumns - 1) / kColumns);
+    if (num_rows == 0) num_units = num_items = 0;
+  }
+
+  __device__ int line() const { return num_units * num_items; }
+};
+
+// A part of an item that a warp attended.
+struct Segment {
+  int request, item;         // index of the item within its request
+  int item_begin, item_end;  // on the line
+};
+
+// What a warp is at, in shared memory to save registers.
+struct Place {
+  Request request;
+  Segment segment;
+  int head;
+  int line;      // where the request begins
+  int from, to;  // the part of the item
+};
+
+struct Tokens {
+  int first, end;
+  bool sink;
+};
+
+__device__ inline Tokens tokens_of_unit(const Request& request, int unit) {
+  int first = kUnitTokens * (unit - request.num_tiles);
+  if (unit < request.num_tiles + request.num_sink_units) {
+    return {first, min(first + kUnitTokens, request.num_sinks), true};
+  }
+  first += request.window - kUnitTokens * request.num_sink_units;
+  return {first, min(first + kUnitTokens, request.num_tokens), false};
+}
+
+// Sums over all threads of the block; `scratch` is [kMaxWarps]. Ends with a barrier on entry of the next call.
+__device__ inline int block_scan(int value, int* scratch, int& total) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, num_warps = blockDim.x / 32;
+  int sum = value;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const int below = __shfl_up_sync(~0u, sum, step);
+    if (lane >= step) sum += below;
+  }
+  __syncthreads();
+  if (lane == 31) scratch[warp] = sum;
+  __syncthreads();
+  int before = 0;
+  total = 0;
+#pragma unroll 1
+  for (int i = 0; i < num_warps; ++i) {
+    before += i < warp ? scratch[i] : 0;
+    total += scratch[i];
+  }
+  return before + sum - value;
+}
+
+}  // namespace kivi::cuda

@@ -1,0 +1,109 @@
+"""What we rely on in every supported vLLM, and what differs between them."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from vllm_kivi import compat, plugin
+from vllm_kivi.backend import heuristics
+from vllm_kivi.backend.backend import PAGE_DTYPE
+from vllm_kivi.format import PRESETS
+
+
+def test_a_cache_dtype_is_bytes_of_no_known_mode():
+    """0.33 would take CUSTOM for a format of its own; pinned, so that we learn when that changes."""
+    from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
+    from vllm.v1.kv_cache_interface import KVQuantMode, get_kv_quant_mode
+
+    plugin.register()
+    for name in PRESETS:
+        assert STR_DTYPE_TO_TORCH_DTYPE[name] == PAGE_DTYPE
+        assert get_kv_quant_mode(name) == KVQuantMode.NONE
+    if hasattr(KVQuantMode, "CUSTOM"):
+        assert KVQuantMode.CUSTOM is KVQuantMode.OCTAVE_K3V4
+        assert KVQuantMode.CUSTOM.is_octave
+
+
+@pytest.mark.parametrize("specified", [False, True])
+def test_vllm_keeps_our_block_size(monkeypatch, specified):
+    """Layers are made for it before vLLM asks backends what they prefer."""
+    from vllm.platforms import current_platform
+
+    seen = []
+
+    class Fake(type(current_platform)):
+        @classmethod
+        def update_block_size_for_backend(cls, config):
+            seen.append((config.cache_config.user_specified_block_size, config.cache_config.kv_cache_dtype_skip_layers))
+
+    Fake._kivi = False
+    monkeypatch.setattr("vllm.platforms._current_platform", Fake())
+    compat.extend_platform(lambda dtype: dtype in PRESETS, lambda config: "", lambda config: None)
+    for dtype, expected in (("kivi2", (True, [])), ("auto", (specified, ["0"]))):
+        cache = SimpleNamespace(
+            cache_dtype=dtype, block_size=32, user_specified_block_size=specified, kv_cache_dtype_skip_layers=["0"]
+        )
+        Fake.update_block_size_for_backend(SimpleNamespace(cache_config=cache))
+        assert seen.pop() == expected
+        assert (cache.user_specified_block_size, cache.kv_cache_dtype_skip_layers) == (specified, ["0"])
+
+
+def test_prompt_lengths_are_known_while_a_runner_builds(monkeypatch):
+    """Of both runners, and only then; wrapped once, however many builders ask for it."""
+
+    class First:
+        input_batch = SimpleNamespace(num_prompt_tokens_cpu_tensor=torch.tensor([5, 6, 7]))
+
+        def _build_attention_metadata(self, common):
+            return compat.num_prompt_tokens(common)
+
+    class Second:
+        req_states = SimpleNamespace(prompt_len=SimpleNamespace(np=torch.tensor([5, 6, 7]).numpy()))
+
+        def execute_model(self, common):
+            return compat.num_prompt_tokens(common)
+
+    for name, runner in (("vllm.v1.worker.gpu_model_runner", First), ("vllm.v1.worker.gpu.model_runner", Second)):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(GPUModelRunner=runner))
+    compat.expose_prompt_lengths()
+    wrapped = First._build_attention_metadata, Second.execute_model
+    compat.expose_prompt_lengths()
+    assert wrapped == (First._build_attention_metadata, Second.execute_model)
+    common = SimpleNamespace(num_reqs=2, req_idx=torch.tensor([2, 0]).numpy())
+    assert First()._build_attention_metadata(common).tolist() == [5, 6]
+    assert Second().execute_model(common).tolist() == [7, 5]
+    assert compat.num_prompt_tokens(common) is None
+    with pytest.raises(TypeError):
+        First()._build_attention_metadata()
+    assert compat.num_prompt_tokens(common) is None
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "words"),
+    [
+        ({"is_cuda": True, "capability": (7, 5)}, "float16", ["compute capability 8.0", "7.5"]),
+        ({"is_cuda": True, "capability": (9, 0)}, "float32", ["float32", "bfloat16, float16", "--dtype"]),
+        ({"device_name": "rocm"}, "bfloat16", ["NVIDIA", "rocm"]),
+        ({"is_cuda": True, "capability": (8, 0)}, "float16", []),
+        ({"is_cpu": True}, "float32", []),
+    ],
+)
+def test_devices_and_dtypes(monkeypatch, platform, dtype, words):
+    fake = SimpleNamespace(
+        is_cuda=lambda: platform.get("is_cuda", False),
+        is_cpu=lambda: platform.get("is_cpu", False),
+        get_device_capability=lambda: platform.get("capability"),
+        device_name=platform.get("device_name", ""),
+    )
+    monkeypatch.setattr(heuristics, "current_platform", fake)
+    assert tuple(heuristics.head_dims()) == ((64, 128, 256) if fake.is_cuda() else (64, 80, 96, 128, 256))
+    if not words:
+        heuristics.check_device("kivi: --kv-cache-dtype kivi2", dtype)
+        return
+    with pytest.raises(ValueError, match="kivi: --kv-cache-dtype kivi2") as error:
+        heuristics.check_device("kivi: --kv-cache-dtype kivi2", dtype)
+    assert all(word in str(error.value) for word in words)

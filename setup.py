@@ -1,7 +1,8 @@
 """Builds vllm_kivi._C; the rest is in pyproject.toml. Build with --no-build-isolation, against the torch that is there.
 
-One .so serves Python 3.11 and later (abi3) and torch 2.10 and later (libtorch's stable ABI). CUDA kernels are built where
-torch is a CUDA build, or with torch's own FORCE_CUDA=1; TORCH_CUDA_ARCH_LIST chooses architectures, as for any extension.
+One .so serves Python 3.11 and later (abi3) and torch 2.10 and later (libtorch's stable ABI). CUDA kernels are built
+where torch is a CUDA build, or with torch's own FORCE_CUDA=1; TORCH_CUDA_ARCH_LIST chooses architectures, as for any
+extension.
 """
 
 import os
@@ -40,8 +41,13 @@ if FORCE_CUDA and cpp_extension.CUDA_HOME is None:
     cpp_extension.CUDA_HOME = cpp_extension._find_cuda_home()
 CUDA_HOME = cpp_extension.CUDA_HOME
 WITH_CUDA = CUDA_HOME is not None and (torch.version.cuda is not None or FORCE_CUDA)
-# sm_90a is tuned; PTX of compute_80 serves GPUs in between.
-ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0+PTX 9.0a 10.0 12.0").replace(";", " ").split()
+# Hopper is tuned; PTX of compute_80 serves what has no machine code. Where there is a GPU, its own will do.
+ARCHITECTURES = ["8.0+PTX", "9.0a", "10.0", "12.0"]
+if torch.cuda.is_available():
+    major, minor = torch.cuda.get_device_capability()
+    ARCHITECTURES = ["9.0a" if major == 9 else f"{major}.{minor}"]
+if "TORCH_CUDA_ARCH_LIST" in os.environ:
+    ARCHITECTURES = os.environ["TORCH_CUDA_ARCH_LIST"].replace(";", " ").split()
 NVCC_FLAGS = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 for architecture in ARCHITECTURES:
     number = architecture.removesuffix("+PTX").replace(".", "")
@@ -91,7 +97,10 @@ setup(
                 *KERNEL_FLAGS,
                 *(sorted(glob("csrc/instantiate/*.cu")) if WITH_CUDA else []),
             ],
-            depends=["setup.py", *(path for end in ("h", "cuh", "inc") for path in glob(f"csrc/**/*.{end}", recursive=True))],
+            depends=[
+                "setup.py",
+                *(path for end in ("h", "cuh", "inc") for path in glob(f"csrc/**/*.{end}", recursive=True)),
+            ],
             define_macros=[("KIVI_CUDA", None)] if WITH_CUDA else [],
             # CUDA's runtime is linked statically: the file loads where there is none.
             library_dirs=[os.path.join(CUDA_HOME, "lib64")] if WITH_CUDA else [],

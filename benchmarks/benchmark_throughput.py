@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from report import write_section
 
 LLAMA_3_1_8B = {
     "architectures": ["LlamaForCausalLM"],
@@ -119,15 +120,6 @@ def run(dtype: str, common: list[str], folder: Path) -> dict[str, Any]:
     return json.loads(out.read_text())
 
 
-def write_section(path: Path, title: str, lines: list[str]) -> None:
-    """Put a section into a results file, in place of one of the same title."""
-    text = path.read_text() if path.exists() else f"# {path.stem}\n"
-    sections = re.split(r"^(?=## )", text, flags=re.MULTILINE)
-    kept = [section.rstrip() for section in sections if not section.startswith(f"## {title}\n")]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n\n".join([*kept, f"## {title}\n\n" + "\n".join(lines)]) + "\n")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -172,10 +164,9 @@ def main() -> None:
                 f"| {found['step'] * 1e3:.2f} | {found['decode']:,.0f} | {found['total']:,.0f} |"
             )
             print(lines[-1], flush=True)
-    machine = re.sub(r"[^a-z0-9]+", "-", found["device"].lower()).strip("-")
-    output = args.output or Path(__file__).parent / "results" / f"{machine}.md"
     requests = f"{args.num_prompts} requests" if args.num_prompts else "at full memory"
-    write_section(output, f"Throughput of the engine, {requests} of {args.input_len:,} tokens", lines)
+    title = f"Throughput of the engine, {requests} of {args.input_len:,} tokens"
+    write_section(found["device"], title, lines, args.output)
 
 
 if __name__ == "__main__":

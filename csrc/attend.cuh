@@ -41,7 +41,7 @@ struct Decoder {
   float zeros[2][4];         // rows are value groups: g of the first, g + 8 of the second
   float maximum[2], sum[2];
   int key_exponent, value_exponent, zero_exponent;
-  uint32_t key_limit, value_limit, zero_limit;   // largest_of them
+  uint32_t key_limit, value_limit, zero_limit;  // largest_of them
   uint32_t key_shift, value_shift[2], zero_shift;
   float factor[2];  // from sums of products of query_codes and codes to scores as exponents of 2
 
@@ -70,9 +70,11 @@ struct Decoder {
     const Request& request = place.request;
     sources_from = unit;
     if (unit < request.num_tiles) {
-      const int tile = request.first_tile + min(unit + lane, request.num_tiles - 1), page = params.page_tiles.divide(tile);
+      const int tile = request.first_tile + min(unit + lane, request.num_tiles - 1),
+                page = params.page_tiles.divide(tile);
       const int block = block_of(attention.quantized, place.segment.request, page);
-      source = page_of(attention.quantized, block, place.head) + (tile - page * params.page_tiles.value) * layout.tile_bytes;
+      source =
+          page_of(attention.quantized, block, place.head) + (tile - page * params.page_tiles.value) * layout.tile_bytes;
       return;
     }
     const Tokens tokens = tokens_of_unit(request, min(unit + lane / kUnitTokens, request.num_units - 1));
@@ -82,7 +84,8 @@ struct Decoder {
       const int tile = token >> params.log_group_size, page = params.page_tiles.divide(tile);
       const int block = block_of(attention.quantized, place.segment.request, page);
       source = page_of(attention.quantized, block, place.head) +
-               (tile - page * params.page_tiles.value) * layout.tile_bytes + (token & (layout.group_size - 1)) * kRowBytes;
+               (tile - page * params.page_tiles.value) * layout.tile_bytes +
+               (token & (layout.group_size - 1)) * kRowBytes;
       value_distance = layout.v_codes_offset;
     } else {
       const int page = params.full_page_tokens.divide(token);
@@ -339,15 +342,14 @@ struct Decoder {
 
   // Of this lane, from the begin of a tile.
   __device__ int key_scales_at(int round) const {
-    constexpr int kHalfWord = kPairs<K_BITS>;                 // channels
+    constexpr int kHalfWord = kPairs<K_BITS>;                   // channels
     const int channel = 2 * min(lane + 32 * round, D / 4 - 1);  // slots: 2 channels and those half a word later
     return layout.k_scale_offset + sizeof(T) * (channel / kHalfWord * (2 * kHalfWord) + channel % kHalfWord);
   }
 
   __device__ int value_scales_at(int round) const {
     const int slot = min(lane + 32 * round, 8 * layout.num_value_groups - 1);  // slots: 2 tokens and those 4 later
-    return layout.v_scale_offset +
-           sizeof(T) * ((slot / 8 << params.log_group_size) + slot % 8 / 2 * 8 + slot % 2 * 2);
+    return layout.v_scale_offset + sizeof(T) * ((slot / 8 << params.log_group_size) + slot % 8 / 2 * 8 + slot % 2 * 2);
   }
 
   struct Prepared {

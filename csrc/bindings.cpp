@@ -112,8 +112,8 @@ kivi::Pages make_pages(const Tensor& pages, const char* name, const Tensor& tabl
 
 const int32_t* make_ints(const Tensor& tensor, const char* name, const Tensor& like, int64_t count) {
   check_device(tensor, name, like);
-  STD_TORCH_CHECK(tensor.dim() == 1 && tensor.scalar_type() == ScalarType::Int &&
-                      tensor.size(0) >= count && (count <= 1 || tensor.stride(0) == 1),
+  STD_TORCH_CHECK(tensor.dim() == 1 && tensor.scalar_type() == ScalarType::Int && tensor.size(0) >= count &&
+                      (count <= 1 || tensor.stride(0) == 1),
                   "kivi: ", name, " must be a contiguous int32 tensor of at least ", count, " elements");
   return static_cast<const int32_t*>(tensor.data_ptr());
 }
@@ -211,8 +211,8 @@ kivi::AttentionParams make_attention(const Tensor& output, const Tensor& query, 
   params.query = make_rows(query, "query", query, params.num_heads, layout.head_dim);
   params.output = make_rows(output, "output", query, params.num_heads, layout.head_dim);
   params.batch = make_batch(query_start_loc, seq_lens, query);
-  params.quantized = make_pages(quantized_pages, "quantized_pages", quantized_block_table, "quantized_block_table", query,
-                                layout.num_kv_heads, quantized_head_bytes(layout), params.batch.num_reqs);
+  params.quantized = make_pages(quantized_pages, "quantized_pages", quantized_block_table, "quantized_block_table",
+                                query, layout.num_kv_heads, quantized_head_bytes(layout), params.batch.num_reqs);
   params.full = make_pages(full_pages, "full_pages", full_block_table, "full_block_table", query, layout.num_kv_heads,
                            full_head_bytes(layout, query.element_size()), params.batch.num_reqs);
   if (query.is_cpu()) {
@@ -279,7 +279,8 @@ void check_aligned(const void* data, int64_t stride, const char* name) {
 
 template <class Params>
 void check_cuda(const Params& params) {
-  for (const auto& [pages, name] : {std::pair{&params.quantized, "quantized_pages"}, std::pair{&params.full, "full_pages"}}) {
+  for (const auto& [pages, name] :
+       {std::pair{&params.quantized, "quantized_pages"}, std::pair{&params.full, "full_pages"}}) {
     check_aligned(pages->data, pages->block_stride, name);
     check_aligned(pages->data, pages->head_stride, name);
   }

@@ -64,7 +64,8 @@ __device__ inline void write_output(const DecodeParams& params, const Segment& s
     const int column = first_column + c;
     if (column >= num_rows * ratio) continue;
     const int head = segment.item % attention.layout.num_kv_heads * ratio + params.ratio.modulo(column);
-    T* out = static_cast<T*>(attention.output.data) + (first_row + params.ratio.divide(column)) * attention.output.token_stride +
+    T* out = static_cast<T*>(attention.output.data) +
+             (first_row + params.ratio.divide(column)) * attention.output.token_stride +
              head * attention.output.head_stride + channel;
     const float inverse = 1.0f / sum[c];
     *reinterpret_cast<uint32_t*>(out) =
@@ -214,9 +215,9 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kBlocksPerMultiprocessor<D>)
   for (int index = 0; index < 2 * num_warps && block_begin + index / 2 * part < block_end; ++index) {
     const int w = index / 2, warp_begin = block_begin + w * part;
     const Segment segment = segments[w][index % 2];
-    if (index % 2 == 1 && segment.item_begin <= warp_begin) continue;                      // first and last are one
-    if (segment.item_begin >= warp_begin && segment.item_end <= part_end(w)) continue;     // written
-    if (segment.item_begin < warp_begin && w > 0) continue;                                // merged with earlier warps
+    if (index % 2 == 1 && segment.item_begin <= warp_begin) continue;                   // first and last are one
+    if (segment.item_begin >= warp_begin && segment.item_end <= part_end(w)) continue;  // written
+    if (segment.item_begin < warp_begin && w > 0) continue;                             // merged with earlier warps
     const int last_warp = (min(segment.item_end, block_end) - 1 - block_begin) / part;
     Extremes merged;
 #pragma unroll 1

@@ -73,7 +73,8 @@ __device__ inline float2 unpack_pair<__nv_bfloat16>(uint32_t pair) {
 }
 
 // Scales and zeros are held relative to a power of two, given by its biased exponent in T: numbers with this exponent
-// become fp16 numbers in [2^top, 2^(top + 1)). It only grows, and what was accumulated with the old one is then rescaled.
+// become fp16 numbers in [2^top, 2^(top + 1)). It only grows, and what was accumulated with the old one is then
+// rescaled.
 template <class T>
 struct Relative;
 

@@ -10,7 +10,7 @@ constexpr int kUnitTokens = 8;  // of a full-precision unit
 constexpr int kMaxWarps = 4;
 template <int HEAD_DIM>
 constexpr int kBlocksPerMultiprocessor = HEAD_DIM <= 128 ? 3 : 2;  // by registers
-constexpr int kSubTile = 32;  // tokens of a tile that are attended at once
+constexpr int kSubTile = 32;                                       // tokens of a tile that are attended at once
 
 // What P is multiplied by, and by how much a score may exceed the maximum, as exponents of 2. With the tops of
 // Relative: P * value scale < 2^(6 + 3 + 6) and Q * key scale < 2^(6 + 9), within fp16.

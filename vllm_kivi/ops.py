@@ -13,8 +13,8 @@ Arguments that the three ops share:
     seq_lens: int32 [num_reqs], tokens of each request including this step's.
     scale: what q . k is multiplied by. logits_soft_cap: 0 for none, else logits become cap * tanh(logits / cap).
     layout: KVFormat.layout().
-All tensors of a call are on one device. On CUDA nothing is allocated and nothing waits for the device, so what tensors hold
-is not checked there, and calls can be captured in CUDA graphs.
+All tensors of a call are on one device. On CUDA nothing is allocated and nothing waits for the device, so calls can be
+captured in CUDA graphs, and what tensors hold is not checked.
 All raise RuntimeError when a tensor does not fit the layout, or when nothing is compiled for its dtype or head size.
 """
 

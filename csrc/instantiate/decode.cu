@@ -53,8 +53,7 @@ Plan make_plan(const Layout& layout, const Device& device) {
   const int stage_bytes = std::max(tile_bytes, kUnitTokens * (4 * layout.head_dim + 16));
   for (const auto& wish : kWishes) {
     if (wish.blocks > 2 && layout.head_dim > 128) continue;  // their registers allow two
-    const int available =
-        std::min(device.shared_bytes / wish.blocks, device.max_block_shared_bytes) - kReserved;
+    const int available = std::min(device.shared_bytes / wish.blocks, device.max_block_shared_bytes) - kReserved;
     const int stages = std::min((available / wish.warps - 6 * layout.head_dim) / stage_bytes, kMaxStages);
     if (stages >= wish.stages) {
       return {wish.blocks, wish.warps, stages, stage_bytes, wish.warps * (stages * stage_bytes + 6 * layout.head_dim)};
@@ -79,8 +78,10 @@ constexpr const char* kCompiled =
 const void* find_kernel(const Layout& layout, Dtype dtype) {
 #define FIND_DIM(HEAD_DIM, T) \
   if (layout.head_dim == HEAD_DIM) return decode_kernel_for<T, HEAD_DIM>(layout.k_bits, layout.v_bits);
-#define FIND(DTYPE, T) \
-  if (dtype == Dtype::DTYPE) { KIVI_CUDA_HEAD_DIMS(FIND_DIM, T) }
+#define FIND(DTYPE, T)               \
+  if (dtype == Dtype::DTYPE) {       \
+    KIVI_CUDA_HEAD_DIMS(FIND_DIM, T) \
+  }
   KIVI_CUDA_DTYPES(FIND)
 #undef FIND
 #undef FIND_DIM
@@ -120,11 +121,11 @@ const char* decode(const AttentionParams& attention, Stream stream) {
   params.partials = reinterpret_cast<float*>(workspace + blocks * kMaxWarps * sums_bytes(layout));
   params.extremes = reinterpret_cast<float2*>(workspace + blocks * (kMaxWarps + 2) * sums_bytes(layout));
   params.finished = reinterpret_cast<int32_t*>(params.extremes + 2 * blocks * kColumns);
-  if (cudaError_t error =
-          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes))
+  if (cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes))
     return message(error);
   void* arguments[] = {&params};
-  return message(cudaLaunchKernel(kernel, dim3(blocks), dim3(32 * plan.num_warps), arguments, plan.shared_bytes, stream));
+  return message(
+      cudaLaunchKernel(kernel, dim3(blocks), dim3(32 * plan.num_warps), arguments, plan.shared_bytes, stream));
 }
 
 }  // namespace kivi::cuda

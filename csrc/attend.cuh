@@ -34,7 +34,7 @@ struct Decoder {
   uint32_t query_codes[D / 8];  // fp16, for products with codes
   uint32_t query[D / 8];        // as given, for all else
   int query_exponent[2];        // of the power of two that query_codes were divided by, of columns 2t and 2t + 1
-  int row[2];                   // of columns 2t and 2t + 1
+  int rows;                     // of columns 2t and 2t + 1, 16 bits each
 
   // Sums. Lanes hold columns 2t and 2t + 1.
   float output[kBlocks][4];  // block 2b + x: rows g and g + 8 are channels 32 b + 4 g + 2 x and + 1
@@ -176,9 +176,10 @@ struct Decoder {
 
   __device__ void begin_segment(uint32_t (&codes)[D / 8]) {
     constexpr int kPairsOfWord = kPairs<K_BITS>;
+    rows = 0;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      row[i] = min(params.ratio.divide(first_column() + 2 * t + i), place.request.num_rows - 1);
+      rows |= min(params.ratio.divide(first_column() + 2 * t + i), place.request.num_rows - 1) << 16 * i;
     }
     float2 pairs[D / 8];
     float largest = 0;
@@ -315,7 +316,7 @@ struct Decoder {
   }
 
   __device__ bool visible(int token, int column, bool from_tile, bool sink) const {
-    const int position = place.request.num_tokens - place.request.num_rows + row[column];
+    const int position = place.request.num_tokens - place.request.num_rows + (rows >> 16 * column & 0xFFFF);
     if (sink) return token <= position;
     if (layout.full_precision) return token <= position;
     const int limit = boundary(layout, position + 1);

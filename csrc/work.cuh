@@ -8,9 +8,15 @@ namespace kivi::cuda {
 constexpr int kColumns = 8;
 constexpr int kUnitTokens = 8;  // of a full-precision unit
 constexpr int kMaxWarps = 4;
+// By registers: 168 a thread for three blocks. Hopper needs no more; where the compiler does, two blocks do.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
 template <int HEAD_DIM>
-constexpr int kBlocksPerMultiprocessor = HEAD_DIM <= 128 ? 3 : 2;  // by registers
-constexpr int kSubTile = 32;                                       // tokens of a tile that are attended at once
+constexpr int kBlocksPerMultiprocessor = 2;
+#else
+template <int HEAD_DIM>
+constexpr int kBlocksPerMultiprocessor = HEAD_DIM <= 128 ? 3 : 2;
+#endif
+constexpr int kSubTile = 32;  // tokens of a tile that are attended at once
 
 // What P is multiplied by, and by how much a score may exceed the maximum, as exponents of 2. With the tops of
 // Relative: P * value scale < 2^(6 + 3 + 6) and Q * key scale < 2^(6 + 9), within fp16.

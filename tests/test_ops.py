@@ -33,6 +33,7 @@ def arguments() -> tuple[Pool, dict[str, Any]]:
         "scale": 0.125,
         "logits_soft_cap": 0.0,
         "layout": FMT.layout(),
+        "workspace": None,
     }
 
 

@@ -14,8 +14,6 @@
 
 namespace kivi::cuda {
 
-constexpr float kCodeUnit = 1.0f / (1 << 24);  // value of the lowest bit of an fp16 number
-
 template <int BITS>
 constexpr int kPairs = 16 / BITS;  // of a word
 

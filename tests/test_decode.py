@@ -25,8 +25,14 @@ def decode(pool: Pool, query: Tensor, num_rows: Sequence[int], soft_cap: float =
 
 def check(pool: Pool, query: Tensor, num_rows: Sequence[int], soft_cap: float = 0.0) -> Tensor:
     """Decodes and compares with the oracle; returns the output."""
-    fmt, scale = pool.fmt, query.shape[-1] ** -0.5
     output = decode(pool, query, num_rows, soft_cap)
+    assert_exact(pool, query, num_rows, output, soft_cap)
+    return output
+
+
+def assert_exact(pool: Pool, query: Tensor, num_rows: Sequence[int], output: Tensor, soft_cap: float = 0.0) -> None:
+    """Compares what decode wrote with the oracle over the pool's pages."""
+    fmt, scale = pool.fmt, query.shape[-1] ** -0.5
     rest = starts(num_rows), int32(pool.seq_lens), scale, soft_cap, fmt.layout()
     exact = reference.decode_float64(query, *pool.pages(), *rest)
     context = []
@@ -36,7 +42,6 @@ def check(pool: Pool, query: Tensor, num_rows: Sequence[int], soft_cap: float = 
             boundary = fmt.boundary(num_tokens)
             context.append(reference.gather_dequantized(fmt, pool.quantized, pool.full, *tables, num_tokens, boundary))
     assert_as_exact_as_torch(output, exact, query, context, scale, soft_cap)
-    return output
 
 
 def queries(fmt: KVFormat, rows: int, ratio: int, seed: int = 0) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,8 @@ import torch
 from conftest import Pool, filled_pool, int32, starts
 
 from vllm_kivi import ops
-from vllm_kivi.format import LAYOUT_FIELDS, KVFormat
+from vllm_kivi.backend import heuristics
+from vllm_kivi.format import LAYOUT_FIELDS, PRESETS, KVFormat
 
 FMT = KVFormat("kivi2", 64, num_kv_heads=2, dtype="bfloat16", residual_length=32)
 
@@ -115,6 +118,24 @@ def test_set_isa() -> None:
 
 def test_layout_fields_match() -> None:
     assert ops.load_extension().layout_fields() == ",".join(LAYOUT_FIELDS)
+
+
+def test_what_is_compiled_for_cuda_is_what_python_says() -> None:
+    """csrc/variants.inc is the list; the backend and the presets must not promise more or less."""
+    text = (Path(__file__).parent.parent / "csrc" / "variants.inc").read_text()
+    lines = {name: re.findall(r"DO\((.*?)\)", rest) for name, rest in re.findall(r"KIVI_CUDA_(\w+)(.*)", text)}
+    assert tuple(int(item.split(",")[0]) for item in lines["HEAD_DIMS"]) == heuristics.CUDA_HEAD_DIMS
+    bits = {tuple(int(number) for number in item.split(",")[:2]) for item in lines["BITS"]}
+    assert bits == set(PRESETS.values())
+    dtypes = re.findall(r"DO\(k(\w+),", text)
+    assert tuple(name.lower() for name in dtypes) == heuristics.CUDA_DTYPES
+
+
+def test_a_build_without_cuda_says_so() -> None:
+    if torch._C._dispatch_has_kernel_for_dispatch_key("vllm_kivi::decode", "CUDA"):
+        pytest.skip("this build has CUDA kernels")
+    with pytest.raises(ImportError, match=r"no CUDA kernels.*FORCE_CUDA=1"):
+        ops.decode_workspace(FMT.layout(), torch.device("cuda"))
 
 
 def test_another_layout_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

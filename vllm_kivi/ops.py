@@ -126,8 +126,18 @@ def decode(
 
 
 def decode_workspace(layout: Sequence[int], device: torch.device) -> Tensor:
-    """What `decode` needs on this CUDA device, a few MiB: uint8, zeroed."""
-    num_bytes = load_extension().decode_workspace_bytes(layout, device.index or 0)
+    """What `decode` needs on this CUDA device, a few MiB: uint8, zeroed.
+
+    Raises:
+        ImportError: the extension was built without CUDA kernels.
+    """
+    ops = load_extension()
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("vllm_kivi::decode", "CUDA"):
+        raise ImportError(
+            "kivi: the compiled extension has no CUDA kernels; build it where torch is a CUDA build and nvcc is found, "
+            "or set FORCE_CUDA=1, with `pip install -e . --no-build-isolation`"
+        )
+    num_bytes = ops.decode_workspace_bytes(layout, device.index or 0)
     return torch.zeros(num_bytes, dtype=torch.uint8, device=device)
 
 

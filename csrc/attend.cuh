@@ -11,23 +11,25 @@ template <class T, int D, int K_BITS, int V_BITS>
 struct Decoder {
   static constexpr int kRowBytes = 2 * D;                  // of a key or value in full precision
   static constexpr int kTokenStride = 2 * kRowBytes + 16;  // in a stage: the padding avoids bank conflicts
-  static constexpr int kPrepareBytes = 6 * D;
-  static constexpr int kKeyWords = D * K_BITS / 128;  // of a lane, per token
-  static constexpr int kBlocks = D / 16;              // row blocks of the output
+  static constexpr int kHalves = D <= 128 ? 2 : 1;         // of kHalfTokens, attended at once
+  static constexpr int kPreparedWords = 3 * D / 2;         // of a half
+  static constexpr int kKeyWords = D * K_BITS / 128;       // of a lane, per token
+  static constexpr int kBlocks = D / 16;                   // row blocks of the output
   static constexpr float kLog2E = 1.4426950408889634f;
 
   const DecodeParams& params;
   const Layout& layout;
   const int lane, g, t;
-  char* stages;       // this warp's
-  uint32_t barriers;  // this warp's, one a stage
-  uint32_t phases;    // a bit for each stage
-  char* prepared;     // this warp's scales as half2
+  char* stages;        // this warp's
+  uint32_t barriers;   // this warp's, one a stage
+  uint32_t phases;     // a bit for each stage
+  uint32_t* prepared;  // this warp's scales as half2
   const Place& place;
 
   int first_key_scales, first_value_scales, key_zeros_at, key_codes, value_codes;  // of this lane in a tile
 
-  const char* source;  // of the copies of unit sources_from and later ones
+  // Where lanes find what they copy of unit sources_from and later ones.
+  const char *source, *second;  // the second tile of a unit
   int sources_from;
   int value_distance;  // from a key in full precision to its value
 
@@ -35,6 +37,8 @@ struct Decoder {
   uint32_t query[D / 8];        // as given, for all else
   int query_exponent[2];        // of the power of two that query_codes were divided by, of columns 2t and 2t + 1
   int rows;                     // of columns 2t and 2t + 1, 16 bits each
+  int num_tile_units;           // of the request
+  int plain_begin, plain_end;   // units of tiles that all columns read whole
 
   // Sums. Lanes hold columns 2t and 2t + 1.
   float output[kBlocks][4];  // block 2b + x: rows g and g + 8 are channels 32 b + 4 g + 2 x and + 1
@@ -45,7 +49,8 @@ struct Decoder {
   uint32_t key_shift, value_shift[2], zero_shift;
   float factor[2];  // from sums of products of query_codes and codes to scores as exponents of 2
 
-  __device__ Decoder(const DecodeParams& params, const Place& place, char* stages, uint32_t barriers, char* prepared)
+  __device__ Decoder(const DecodeParams& params, const Place& place, char* stages, uint32_t barriers,
+                     uint32_t* prepared)
       : params(params),
         layout(params.attention.layout),
         lane(threadIdx.x % 32),
@@ -58,27 +63,34 @@ struct Decoder {
         place(place),
         first_key_scales(opaque(key_scales_at(0))),
         first_value_scales(opaque(value_scales_at(0))),
-        key_zeros_at(opaque(layout.k_zero_offset + lane / 16 * 16)),
+        key_zeros_at(opaque(layout.k_zero_offset + lane / 16 * 16 + lane / 8 % kHalves * half_bytes())),
         key_codes(opaque(layout.k_codes_offset + 4 * (t * layout.group_size + 4 * g))),
         value_codes(opaque(layout.v_codes_offset + t * (D * V_BITS) + g * (4 * V_BITS))) {}
 
   // ------------------------------------------------------------------------------------------------------- copies
 
-  // Finds where units from this one on are copied from, all lanes at once: 32 tiles, or 4 units of tokens.
+  __device__ const char* tile_of_request(int index) const {
+    const Request& request = place.request;
+    const Pages& pages = params.attention.quantized;
+    const int tile = request.first_tile + min(index, request.num_tiles - 1), page = params.page_tiles.divide(tile);
+    return page_of(pages, block_of(pages, place.segment.request, page), place.head) +
+           (tile - page * params.page_tiles.value) * layout.tile_bytes;
+  }
+
+  // Finds where units from this one on are copied from, all lanes at once: 32 units of tiles, or 4 of tokens.
   __device__ void find_sources(int unit) {
     const AttentionParams& attention = params.attention;
     const Request& request = place.request;
     sources_from = unit;
-    if (unit < request.num_tiles) {
-      const int tile = request.first_tile + min(unit + lane, request.num_tiles - 1),
-                page = params.page_tiles.divide(tile);
-      const int block = block_of(attention.quantized, place.segment.request, page);
-      source =
-          page_of(attention.quantized, block, place.head) + (tile - page * params.page_tiles.value) * layout.tile_bytes;
+    if (unit < request.num_tile_units) {
+      const int tile = (unit + lane) << params.log_unit_tiles;
+      source = tile_of_request(tile);
+      // What a last unit lacks is its first tile again, which no row sees there.
+      second = params.log_unit_tiles > 0 ? tile_of_request(tile + 1) : source + layout.tile_bytes;
       return;
     }
-    const Tokens tokens = tokens_of_unit(request, min(unit + lane / kUnitTokens, request.num_units - 1));
-    const int token = min(tokens.first + lane % kUnitTokens, tokens.end - 1);
+    const Tokens tokens = tokens_of_unit(request, min(unit + lane / kRunTokens, request.num_units - 1));
+    const int token = min(tokens.first + lane % kRunTokens, tokens.end - 1);
     // With the full_precision bypass, tiles hold tokens as they are.
     if (layout.full_precision && token >= request.num_sinks && token < request.shared_boundary) {
       const int tile = token >> params.log_group_size, page = params.page_tiles.divide(tile);
@@ -97,33 +109,40 @@ struct Decoder {
   }
 
   __device__ void start_copy(int unit, int stage) {
-    constexpr int kLanesOfUnit = kUnitTokens;
     const uint32_t to = shared_address(stages) + stage * params.stage_bytes, barrier = barriers + 8 * stage;
     int index = unit - sources_from;
-    if (unit < place.request.num_tiles) {
+    if (unit < num_tile_units) {
       if (index == 32) {
         find_sources(unit);
         index = 0;
       }
       if constexpr (kBulkCopies) {
         if (lane == index) {
-          expect_bytes(barrier, layout.tile_bytes);
-          bulk_copy(to, source, layout.tile_bytes, barrier);
+          expect_bytes(barrier, params.unit_bytes);
+          if (second == source + layout.tile_bytes) {
+            bulk_copy(to, source, params.unit_bytes, barrier);
+          } else {
+            bulk_copy(to, source, layout.tile_bytes, barrier);
+            bulk_copy(to + layout.tile_bytes, second, layout.tile_bytes, barrier);
+          }
         }
       } else {
-        const char* tile = shuffle(source, index);
-        for (int i = 16 * lane; i < layout.tile_bytes; i += 512) copy16(to + i, tile + i);
+        for (int i = 16 * lane, half = 0; i < params.unit_bytes; i += 512) {
+          if (i >= layout.tile_bytes) half = layout.tile_bytes;
+          const char* tile = shuffle(half == 0 ? source : second, index);
+          copy16(to + i, tile + (i - half));
+        }
       }
     } else {
-      if (index == 32 / kLanesOfUnit || unit == place.request.num_tiles) {
+      if (index == 32 / kRunTokens || unit == num_tile_units) {
         find_sources(unit);
         index = 0;
       }
       if constexpr (kBulkCopies) {
-        if (lane == index * kLanesOfUnit) expect_bytes(barrier, 2 * kUnitTokens * kRowBytes);
+        if (lane == index * kRunTokens) expect_bytes(barrier, 2 * kRunTokens * kRowBytes);
         __syncwarp();
-        if (lane / kLanesOfUnit == index) {
-          const uint32_t row_to = to + lane % kLanesOfUnit * kTokenStride;
+        if (lane / kRunTokens == index) {
+          const uint32_t row_to = to + lane % kRunTokens * kTokenStride;
           if (layout.full_precision) {
             bulk_copy(row_to, source, kRowBytes, barrier);
             bulk_copy(row_to + kRowBytes, source + value_distance, kRowBytes, barrier);
@@ -132,11 +151,11 @@ struct Decoder {
           }
         }
       } else {  // 4 lanes a token
-        const int from_lane = index * kLanesOfUnit + lane % kLanesOfUnit;
+        const int from_lane = index * kRunTokens + lane % kRunTokens;
         const char* key = shuffle(source, from_lane);
         const char* value = key + __shfl_sync(~0u, value_distance, from_lane);
-        const uint32_t row_to = to + lane % kLanesOfUnit * kTokenStride;
-        for (int i = 16 * (lane / kLanesOfUnit); i < kRowBytes; i += 64) {
+        const uint32_t row_to = to + lane % kRunTokens * kTokenStride;
+        for (int i = 16 * (lane / kRunTokens); i < kRowBytes; i += 64) {
           copy16(row_to + i, key + i);
           copy16(row_to + kRowBytes + i, value + i);
         }
@@ -170,6 +189,16 @@ struct Decoder {
       codes[i] = valid ? *reinterpret_cast<const uint32_t*>(word + element) : 0;
       query[i] = valid ? *reinterpret_cast<const uint32_t*>(from + 8 * i + 2 * t) : 0;
     }
+  }
+
+  // Before anything else of a segment.
+  __device__ void begin_request() {
+    const Request& request = place.request;
+    const int log_unit_tokens = params.log_group_size + params.log_unit_tiles;
+    const int first = request.first_tile << params.log_group_size;
+    num_tile_units = request.num_tile_units;
+    plain_begin = first < layout.sink_tokens;
+    plain_end = (request.shared_boundary - first) >> log_unit_tokens;
   }
 
   __device__ int first_column() const { return place.segment.item / layout.num_kv_heads * kColumns; }
@@ -250,68 +279,92 @@ struct Decoder {
     }
   }
 
-  // Turns N products of columns 2t and 2t + 1, of tokens of which other lanes hold others, into elements of P. Scores,
-  // as exponents of 2, are product * factor + start.
-  template <int N>
-  __device__ void take_softmax(float (&products)[N][2], float (&factor)[2], float (&start)[2]) {
+  // Turns H x N products of columns 2t and 2t + 1, of tokens of which other lanes hold others, into elements of P.
+  // Scores, as exponents of 2, are product * factor + start.
+  template <int H, int N>
+  __device__ void take_softmax(float (&products)[H][N][2], float (&factor)[2], float (&start)[H][2]) {
     if (params.attention.logits_soft_cap > 0) cap(products, factor, start);
-    float relative[N][2], highest[2];
+    float relative[H][N][2], highest[H][2];
 #pragma unroll
-    for (int column = 0; column < 2; ++column) {
-      const float offset = start[column] + (kProbabilityExponent - maximum[column]);
+    for (int h = 0; h < H; ++h) {
 #pragma unroll
-      for (int i = 0; i < N; ++i) {
-        relative[i][column] = fmaf(products[i][column], factor[column], offset);
-        highest[column] = i == 0 ? relative[i][column] : fmaxf(highest[column], relative[i][column]);
+      for (int column = 0; column < 2; ++column) {
+        const float offset = start[h][column] + (kProbabilityExponent - maximum[column]);
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+          float& x = relative[h][i][column];
+          x = fmaf(products[h][i][column], factor[column], offset);
+          highest[h][column] = i == 0 ? x : fmaxf(highest[h][column], x);
+        }
       }
     }
-    if (__any_sync(~0u, fmaxf(highest[0], highest[1]) > kProbabilityExponent + kHeadroom)) {
+    float above = fmaxf(highest[0][0], highest[0][1]);
+    if constexpr (H == 2) above = fmaxf(above, fmaxf(highest[1][0], highest[1][1]));
+    if (__any_sync(~0u, above > kProbabilityExponent + kHeadroom)) [[unlikely]] {
       float lowered[2];
 #pragma unroll
       for (int column = 0; column < 2; ++column) {
         float high = maximum[column];
 #pragma unroll
-        for (int i = 0; i < N; ++i) high = fmaxf(high, fmaf(products[i][column], factor[column], start[column]));
+        for (int h = 0; h < H; ++h) {
+#pragma unroll
+          for (int i = 0; i < N; ++i) {
+            high = fmaxf(high, fmaf(products[h][i][column], factor[column], start[h][column]));
+          }
+        }
 #pragma unroll
         for (int step = 4; step < 32; step *= 2) high = fmaxf(high, __shfl_xor_sync(~0u, high, step));
         lowered[column] = exp2_approx(maximum[column] - high);
         maximum[column] = high;
         sum[column] *= lowered[column];
 #pragma unroll
-        for (int i = 0; i < N; ++i) {
-          // Of huge scores the maximum is rounded, and this is not.
-          relative[i][column] =
-              fminf(fmaf(products[i][column], factor[column], start[column] + (kProbabilityExponent - high)),
-                    kProbabilityExponent + kHeadroom);
+        for (int h = 0; h < H; ++h) {
+#pragma unroll
+          for (int i = 0; i < N; ++i) {
+            // Of huge scores the maximum is rounded, and this is not.
+            relative[h][i][column] =
+                fminf(fmaf(products[h][i][column], factor[column], start[h][column] + (kProbabilityExponent - high)),
+                      kProbabilityExponent + kHeadroom);
+          }
         }
       }
       rescale(lowered[0], lowered[1]);
       rescale_zeros(lowered[0], lowered[1]);
     }
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
+    for (int column = 0; column < 2; ++column) {
+      float sums[H];
 #pragma unroll
-      for (int column = 0; column < 2; ++column) {
-        products[i][column] = exp2_approx(relative[i][column]);
-        sum[column] += products[i][column];
+      for (int h = 0; h < H; ++h) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+          const float x = exp2_approx(relative[h][i][column]);
+          products[h][i][column] = x;
+          sums[h] = i == 0 ? x : sums[h] + x;
+        }
       }
+#pragma unroll
+      for (int h = 0; h < H; ++h) sum[column] += sums[h];
     }
   }
 
   // Caps scores; afterwards they are the products. tanh(x) = 1 - 2 / (exp(2 x) + 1).
-  template <int N>
-  __device__ void cap(float (&products)[N][2], float (&factor)[2], float (&start)[2]) const {
+  template <int H, int N>
+  __device__ void cap(float (&products)[H][N][2], float (&factor)[2], float (&start)[H][2]) const {
     const float limit = params.attention.logits_soft_cap * kLog2E;
 #pragma unroll
     for (int column = 0; column < 2; ++column) {
 #pragma unroll
-      for (int i = 0; i < N; ++i) {
-        const float score = fmaf(products[i][column], factor[column], start[column]);
-        const float power = exp2_approx(score * (2 * kLog2E / limit));
-        products[i][column] = score == -INFINITY ? score : limit - __fdividef(2 * limit, power + 1);
+      for (int h = 0; h < H; ++h) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+          const float score = fmaf(products[h][i][column], factor[column], start[h][column]);
+          const float power = exp2_approx(score * (2 * kLog2E / limit));
+          products[h][i][column] = score == -INFINITY ? score : limit - __fdividef(2 * limit, power + 1);
+        }
+        start[h][column] = 0;
       }
       factor[column] = 1;
-      start[column] = 0;
     }
   }
 
@@ -324,6 +377,10 @@ struct Decoder {
   }
 
   // --------------------------------------------------------------------------------------------------------- tile
+
+  // From a half to the next: its tile, or its tokens in the same tile.
+  __device__ int half_bytes() const { return layout.group_size == kHalfTokens ? layout.tile_bytes : 0; }
+  __device__ int half_tokens() const { return layout.group_size == kHalfTokens ? 0 : kHalfTokens; }
 
   // Reads pairs of scales or zeros that are `distance` elements apart.
   __device__ static uint2 load_pairs(const char* from, int distance) {
@@ -353,186 +410,223 @@ struct Decoder {
     return layout.v_scale_offset + sizeof(T) * ((slot / 8 << params.log_group_size) + slot % 8 / 2 * 8 + slot % 2 * 2);
   }
 
+  // Scales and zeros of a half, this lane's part.
   struct Prepared {
     uint2 keys[kRounds], scales[kRounds], zeros[kRounds];
-    uint32_t largest_key, largest_scale, largest_zero;
   };
 
-  __device__ Prepared load_scales(const char* tile, int first_token) const {
-    Prepared p;
-    p.largest_key = p.largest_scale = p.largest_zero = 0;
-    const char* value_scales = tile + first_token * sizeof(T);
+  struct Largest {
+    uint32_t key = 0, scale = 0, zero = 0;
+  };
+
+  __device__ void load_scales(const char* tile, int first_token, Prepared (&p)[kHalves], Largest& largest) const {
 #pragma unroll
-    for (int i = 0; i < kRounds; ++i) {
-      const int value_at = i == 0 ? first_value_scales : value_scales_at(i);
-      p.keys[i] = load_pairs(tile + (i == 0 ? first_key_scales : key_scales_at(i)), kPairs<K_BITS>);
-      p.scales[i] = load_pairs(value_scales + value_at, 4);
-      p.zeros[i] = load_pairs(value_scales + value_at + (layout.v_zero_offset - layout.v_scale_offset), 4);
-      p.largest_key = __vmaxu2(p.largest_key, __vmaxu2(p.keys[i].x, p.keys[i].y));
-      p.largest_scale = __vmaxu2(p.largest_scale, __vmaxu2(p.scales[i].x, p.scales[i].y));
-      p.largest_zero = __vmaxu2(p.largest_zero, __vmaxu2(p.zeros[i].x & 0x7FFF7FFF, p.zeros[i].y & 0x7FFF7FFF));
+    for (int h = 0; h < kHalves; ++h) {
+      const char* value_scales = tile + (first_token + h * half_tokens()) * sizeof(T);
+#pragma unroll
+      for (int i = 0; i < kRounds; ++i) {
+        const int value_at = i == 0 ? first_value_scales : value_scales_at(i);
+        p[h].keys[i] = load_pairs(tile + (i == 0 ? first_key_scales : key_scales_at(i)), kPairs<K_BITS>);
+        p[h].scales[i] = load_pairs(value_scales + value_at, 4);
+        p[h].zeros[i] = load_pairs(value_scales + value_at + (layout.v_zero_offset - layout.v_scale_offset), 4);
+        largest.key = __vmaxu2(largest.key, __vmaxu2(p[h].keys[i].x, p[h].keys[i].y));
+        largest.scale = __vmaxu2(largest.scale, __vmaxu2(p[h].scales[i].x, p[h].scales[i].y));
+        largest.zero = __vmaxu2(largest.zero, __vmaxu2(p[h].zeros[i].x & 0x7FFF7FFF, p[h].zeros[i].y & 0x7FFF7FFF));
+      }
+      tile += half_bytes();
     }
-    return p;
   }
 
-  __device__ void store_scales(const Prepared& p) const {
-    uint2* out = reinterpret_cast<uint2*>(prepared) + lane;
+  __device__ void store_scales(const Prepared (&p)[kHalves]) const {
     const auto signed_half = [&](uint32_t pair) {
       return Relative<T>::to_half(pair & 0x7FFF7FFF, zero_shift) | (pair & 0x80008000);
     };
 #pragma unroll
-    for (int i = 0; i < kRounds; ++i) {
-      if (D % 128 != 0 && lane >= D / 4) break;
-      out[32 * i] = {Relative<T>::to_half(p.keys[i].x, key_shift), Relative<T>::to_half(p.keys[i].y, key_shift)};
-      out[32 * i + D / 4] = {Relative<T>::to_half(p.scales[i].x, value_shift[0]),
-                             Relative<T>::to_half(p.scales[i].y, value_shift[1])};
-      // Pairs 0, 2, 1, 3: see multiply_values.
-      uint32_t* zeros_out = reinterpret_cast<uint32_t*>(prepared) + D + (lane + 32 * i) / 2 * 4 + lane % 2;
-      zeros_out[0] = signed_half(p.zeros[i].x);
-      zeros_out[2] = signed_half(p.zeros[i].y);
+    for (int h = 0; h < kHalves; ++h) {
+      uint2* out = reinterpret_cast<uint2*>(prepared + h * kPreparedWords) + lane;
+#pragma unroll
+      for (int i = 0; i < kRounds; ++i) {
+        if (D % 128 != 0 && lane >= D / 4) break;
+        out[32 * i] = {Relative<T>::to_half(p[h].keys[i].x, key_shift),
+                       Relative<T>::to_half(p[h].keys[i].y, key_shift)};
+        out[32 * i + D / 4] = {Relative<T>::to_half(p[h].scales[i].x, value_shift[0]),
+                               Relative<T>::to_half(p[h].scales[i].y, value_shift[1])};
+        // Pairs 0, 2, 1, 3: see multiply_values.
+        uint32_t* zeros_out = prepared + h * kPreparedWords + D + (lane + 32 * i) / 2 * 4 + lane % 2;
+        zeros_out[0] = signed_half(p[h].zeros[i].x);
+        zeros_out[2] = signed_half(p[h].zeros[i].y);
+      }
     }
   }
 
-  // Writes scales and zeros of 32 tokens as half2, in the order in which products read them. Lanes that have nothing
-  // to do repeat the last one's work. `meanwhile` is done while the loads are under way.
+  // Writes scales and zeros of a step as half2, in the order in which products read them. Lanes that have nothing to do
+  // repeat the last one's work. `meanwhile` is done while the loads are under way.
   template <class Meanwhile>
   __device__ void prepare(const char* tile, int first_token, Meanwhile meanwhile) {
-    const Prepared p = load_scales(tile, first_token);
+    Prepared p[kHalves];
+    Largest largest;
+    load_scales(tile, first_token, p, largest);
     meanwhile();
-    const bool larger = __vmaxu2(p.largest_key, key_limit) != key_limit ||
-                        __vmaxu2(p.largest_scale, value_limit) != value_limit ||
-                        __vmaxu2(p.largest_zero, zero_limit) != zero_limit;
+    const bool larger = __vmaxu2(largest.key, key_limit) != key_limit ||
+                        __vmaxu2(largest.scale, value_limit) != value_limit ||
+                        __vmaxu2(largest.zero, zero_limit) != zero_limit;
     store_scales(p);
-    if (__any_sync(~0u, larger)) {
+    if (__any_sync(~0u, larger)) [[unlikely]] {
       const int value_before = value_exponent, zero_before = zero_exponent;
-      key_exponent = larger_exponent(p.largest_key, key_exponent);
-      value_exponent = larger_exponent(p.largest_scale, value_exponent);
-      zero_exponent = larger_exponent(p.largest_zero, zero_exponent);
+      key_exponent = larger_exponent(largest.key, key_exponent);
+      value_exponent = larger_exponent(largest.scale, value_exponent);
+      zero_exponent = larger_exponent(largest.zero, zero_exponent);
       set_scales();
       const float factor = power_of_two(value_before - value_exponent);
       rescale(factor, factor);
       const float zero_factor = power_of_two(zero_before - zero_exponent);
       rescale_zeros(zero_factor, zero_factor);
-      store_scales(load_scales(tile, first_token));
+      load_scales(tile, first_token, p, largest);
+      store_scales(p);
     }
     __syncwarp();
   }
 
-  __device__ void attend_tile(const char* tile, int unit) {
-    const int first = (place.request.first_tile + unit) << params.log_group_size;
-    // Warp-uniform: a tile that not every column reads whole.
-    const bool edge = first < layout.sink_tokens || first >= place.request.shared_boundary;
+  __device__ void attend_tiles(const char* stage, int unit) {
+    const bool plain = unit >= plain_begin && unit < plain_end;
+    const int unit_tokens = layout.group_size << params.log_unit_tiles;
 #pragma unroll 1
-    for (int first_token = 0; first_token < layout.group_size; first_token += kSubTile) {
-      float key_zeros[2][4] = {}, scores[2][4] = {};  // block m: rows g and g + 8 are tokens 4 g + 2 m and + 1
+    for (int offset = 0; offset < unit_tokens; offset += kHalves * kHalfTokens) {
+      const char* tile = stage + (offset >> params.log_group_size) * layout.tile_bytes;
+      const int first_token = offset & (layout.group_size - 1);
+      // Rows g are of the first half, rows g + 8 of the second.
+      float key_zeros[2][4] = {};
       prepare(tile, first_token, [&] {
         const uint32_t zero_row = shared_address(tile) + key_zeros_at;
 #pragma unroll
         for (int i = 0; i < D / 16; ++i) {
           uint32_t a[4];
-          ldmatrix(a, zero_row + 32 * i);  // every row of A is the same
+          ldmatrix(a, zero_row + 32 * i);  // all rows of a half are the same
           mma_k16<T>(key_zeros[i % 2], a[0], a[1], a[2], a[3], query[2 * i], query[2 * i + 1]);
         }
       });
+      float scores[kHalves][2][4] = {};  // block m: rows g and g + 8 are tokens 4 g + 2 m and + 1 of the half
       multiply_keys(tile, first_token, scores);
 
-      float probability[4][2];  // of tokens 4 g + ...
+      float probability[kHalves][4][2], start[kHalves][2], factors[2] = {factor[0], factor[1]};
 #pragma unroll
-      for (int i = 0; i < 8; ++i) probability[i / 2][i % 2] = scores[i / 4][i % 4];
-      float factors[2] = {factor[0], factor[1]}, start[2];
+      for (int h = 0; h < kHalves; ++h) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) start[i] = (key_zeros[0][i] + key_zeros[1][i]) * (params.attention.scale * kLog2E);
-      if (edge) {
+        for (int i = 0; i < 8; ++i) probability[h][i / 2][i % 2] = scores[h][i / 4][i % 4];  // of tokens 4 g + ...
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
+        for (int i = 0; i < 2; ++i) {
+          start[h][i] = (key_zeros[0][2 * h + i] + key_zeros[1][2 * h + i]) * (params.attention.scale * kLog2E);
+        }
+      }
+      if (!plain) {
+        const int first = (place.request.first_tile << params.log_group_size) + unit * unit_tokens + offset + 4 * g;
+#pragma unroll
+        for (int i = 0; i < 4 * kHalves; ++i) {
 #pragma unroll
           for (int column = 0; column < 2; ++column) {
-            if (!visible(first + first_token + 4 * g + i, column, true, false)) probability[i][column] = -INFINITY;
+            if (!visible(first + i / 4 * kHalfTokens + i % 4, column, true, false)) {
+              probability[i / 4][i % 4][column] = -INFINITY;
+            }
           }
         }
       }
       take_softmax(probability, factors, start);
-      uint32_t weights[4];  // of tokens 8 t + i and 8 t + i + 4, column g
+      uint32_t weights[kHalves][4];  // of tokens 8 t + i and 8 t + i + 4, column g
 #pragma unroll
-      for (int i = 0; i < 4; ++i) weights[i] = movmatrix(pack<__half>(probability[i][0], probability[i][1]));
+      for (int h = 0; h < kHalves; ++h) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          weights[h][i] = movmatrix(pack<__half>(probability[h][i][0], probability[h][i][1]));
+        }
+      }
       multiply_values(tile, first_token, weights);
       __syncwarp();
     }
   }
 
-  __device__ void multiply_keys(const char* tile, int first_token, float (&scores)[2][4]) const {
+  __device__ void multiply_keys(const char* tile, int first_token, float (&scores)[kHalves][2][4]) const {
     constexpr int kPairsOfWord = kPairs<K_BITS>;
     const char* codes = tile + key_codes + 4 * first_token;
-    const uint32_t* scale = reinterpret_cast<const uint32_t*>(prepared);
+    const int distance = half_bytes() + 4 * half_tokens();
 #pragma unroll
     for (int i = 0; i < kKeyWords; ++i) {
-      const int word = t + 4 * i;
-      const uint4 words = *reinterpret_cast<const uint4*>(codes + i * (16 * layout.group_size));
-      uint32_t folded[kPairsOfWord];
-      if constexpr (kPairsOfWord == 2) {
-        const uint2 scales = reinterpret_cast<const uint2*>(scale)[word];
-        folded[0] = scales.x;
-        folded[1] = scales.y;
-      } else {
 #pragma unroll
-        for (int e = 0; e < kPairsOfWord; e += 4) {
-          reinterpret_cast<uint4&>(folded[e]) = reinterpret_cast<const uint4*>(scale)[(word * kPairsOfWord + e) / 4];
+      for (int h = 0; h < kHalves; ++h) {
+        const int word = t + 4 * i;
+        const uint32_t* scale = prepared + h * kPreparedWords + word * kPairsOfWord;
+        const uint4 words = *reinterpret_cast<const uint4*>(codes + h * distance + i * (16 * layout.group_size));
+        uint32_t folded[kPairsOfWord];
+        if constexpr (kPairsOfWord == 2) {
+          reinterpret_cast<uint2&>(folded) = *reinterpret_cast<const uint2*>(scale);
+        } else {
+#pragma unroll
+          for (int e = 0; e < kPairsOfWord; e += 4) {
+            reinterpret_cast<uint4&>(folded[e]) = *reinterpret_cast<const uint4*>(scale + e);
+          }
         }
-      }
 #pragma unroll
-      for (int e = 0; e < kPairsOfWord; ++e) folded[e] = multiply(folded[e], query_codes[i * kPairsOfWord + e]);
-      uint32_t a[4][kPairsOfWord];
-      unpack<K_BITS>(words.x, a[0]);
-      unpack<K_BITS>(words.y, a[1]);
-      unpack<K_BITS>(words.z, a[2]);
-      unpack<K_BITS>(words.w, a[3]);
+        for (int e = 0; e < kPairsOfWord; ++e) folded[e] = multiply(folded[e], query_codes[i * kPairsOfWord + e]);
+        uint32_t a[4][kPairsOfWord];
+        unpack<K_BITS>(words.x, a[0]);
+        unpack<K_BITS>(words.y, a[1]);
+        unpack<K_BITS>(words.z, a[2]);
+        unpack<K_BITS>(words.w, a[3]);
 #pragma unroll
-      for (int e = 0; e < kPairsOfWord; e += 2) {
-        mma_k16<__half>(scores[0], a[0][e], a[1][e], a[0][e + 1], a[1][e + 1], folded[e], folded[e + 1]);
-        mma_k16<__half>(scores[1], a[2][e], a[3][e], a[2][e + 1], a[3][e + 1], folded[e], folded[e + 1]);
+        for (int e = 0; e < kPairsOfWord; e += 2) {
+          mma_k16<__half>(scores[h][0], a[0][e], a[1][e], a[0][e + 1], a[1][e + 1], folded[e], folded[e + 1]);
+          mma_k16<__half>(scores[h][1], a[2][e], a[3][e], a[2][e + 1], a[3][e + 1], folded[e], folded[e + 1]);
+        }
       }
     }
   }
 
-  __device__ void multiply_values(const char* tile, int first_token, const uint32_t (&weights)[4]) {
-    const uint4* scales = reinterpret_cast<const uint4*>(prepared + 2 * D) + t;
-    // One A serves both halves of the tokens: the sums of the first in rows g, of the second in rows g + 8. Rows that
-    // are no value group are never read.
-    const uint4 zero = reinterpret_cast<const uint4*>(prepared + 4 * D)[lane % (D / 8)];
-    mma_k16<__half>(zeros[0], zero.x, zero.y, zero.z, zero.w, weights[0], weights[1]);
-    mma_k16<__half>(zeros[1], zero.x, zero.y, zero.z, zero.w, weights[2], weights[3]);
+  __device__ void multiply_values(const char* tile, int first_token, const uint32_t (&weights)[kHalves][4]) {
+    // One A serves both halves of the 32 tokens: the sums of the first in rows g, of the second in rows g + 8. Rows
+    // that are no value group are never read.
+#pragma unroll
+    for (int h = 0; h < kHalves; ++h) {
+      const uint4 zero = reinterpret_cast<const uint4*>(prepared + h * kPreparedWords + D)[lane % (D / 8)];
+      mma_k16<__half>(zeros[0], zero.x, zero.y, zero.z, zero.w, weights[h][0], weights[h][1]);
+      mma_k16<__half>(zeros[1], zero.x, zero.y, zero.z, zero.w, weights[h][2], weights[h][3]);
+    }
     // Words of tokens 8 t ... 8 t + 7 and channels 4 g ... 4 g + 3 of each 32.
     const char* codes = tile + value_codes + first_token / 8 * (D * V_BITS);
+    const int distance = half_bytes() + half_tokens() / 8 * (D * V_BITS);
 #pragma unroll
     for (int b = 0; b < D / 32; ++b) {
-      const uint4 scale = scales[4 * (32 * b >> params.log_group_size)];
-      const uint32_t folded[4] = {multiply(weights[0], scale.x), multiply(weights[1], scale.y),
-                                  multiply(weights[2], scale.z), multiply(weights[3], scale.w)};
-      uint32_t words[V_BITS];
-      if constexpr (V_BITS == 2) {
-        reinterpret_cast<uint2&>(words) = *reinterpret_cast<const uint2*>(codes + b * 32 * V_BITS);
-      } else {
 #pragma unroll
-        for (int i = 0; i < V_BITS; i += 4) {
-          reinterpret_cast<uint4&>(words[i]) = *reinterpret_cast<const uint4*>(codes + b * 32 * V_BITS + 4 * i);
+      for (int h = 0; h < kHalves; ++h) {
+        const uint4* scales = reinterpret_cast<const uint4*>(prepared + h * kPreparedWords + D / 2) + t;
+        const uint4 scale = scales[4 * (32 * b >> params.log_group_size)];
+        const uint32_t folded[4] = {multiply(weights[h][0], scale.x), multiply(weights[h][1], scale.y),
+                                    multiply(weights[h][2], scale.z), multiply(weights[h][3], scale.w)};
+        const char* from = codes + h * distance + b * 32 * V_BITS;
+        uint32_t words[V_BITS];
+        if constexpr (V_BITS == 2) {
+          reinterpret_cast<uint2&>(words) = *reinterpret_cast<const uint2*>(from);
+        } else {
+#pragma unroll
+          for (int i = 0; i < V_BITS; i += 4) {
+            reinterpret_cast<uint4&>(words[i]) = *reinterpret_cast<const uint4*>(from + 4 * i);
+          }
         }
-      }
-      uint32_t a[4][4];  // [channel][pair of tokens]
+        uint32_t a[4][4];  // [channel][pair of tokens]
 #pragma unroll
-      for (int i = 0; i < V_BITS; ++i) {
-        uint32_t pairs[kPairs<V_BITS>];
-        unpack<V_BITS>(words[i], pairs);
+        for (int i = 0; i < V_BITS; ++i) {
+          uint32_t pairs[kPairs<V_BITS>];
+          unpack<V_BITS>(words[i], pairs);
 #pragma unroll
-        for (int e = 0; e < kPairs<V_BITS>; ++e) {
-          a[(i * kPairs<V_BITS> + e) / 4][(i * kPairs<V_BITS> + e) % 4] = pairs[e];
+          for (int e = 0; e < kPairs<V_BITS>; ++e) {
+            a[(i * kPairs<V_BITS> + e) / 4][(i * kPairs<V_BITS> + e) % 4] = pairs[e];
+          }
         }
-      }
 #pragma unroll
-      for (int x = 0; x < 2; ++x) {
-        mma_k16<__half>(output[2 * b + x], a[2 * x][0], a[2 * x + 1][0], a[2 * x][1], a[2 * x + 1][1], folded[0],
-                        folded[1]);
-        mma_k16<__half>(output[2 * b + x], a[2 * x][2], a[2 * x + 1][2], a[2 * x][3], a[2 * x + 1][3], folded[2],
-                        folded[3]);
+        for (int x = 0; x < 2; ++x) {
+          mma_k16<__half>(output[2 * b + x], a[2 * x][0], a[2 * x + 1][0], a[2 * x][1], a[2 * x + 1][1], folded[0],
+                          folded[1]);
+          mma_k16<__half>(output[2 * b + x], a[2 * x][2], a[2 * x + 1][2], a[2 * x][3], a[2 * x + 1][3], folded[2],
+                          folded[3]);
+        }
       }
     }
   }
@@ -579,16 +673,17 @@ struct Decoder {
       mma_k16<T>(scores, a[0], 0, a[1], 0, query[4 * i], query[4 * i + 1]);
       mma_k16<T>(scores, a[2], 0, a[3], 0, query[4 * i + 2], query[4 * i + 3]);
     }
-    float probability[1][2] = {{scores[0], scores[1]}};
+    float probability[1][1][2] = {{{scores[0], scores[1]}}};
     const float scale = params.attention.scale * kLog2E;
-    float factors[2] = {scale, scale}, start[2] = {};
+    float factors[2] = {scale, scale}, start[1][2] = {};
     const int token = tokens.first + g;
 #pragma unroll
     for (int column = 0; column < 2; ++column) {
-      if (token >= tokens.end || !visible(token, column, false, tokens.sink)) probability[0][column] = -INFINITY;
+      if (token >= tokens.end || !visible(token, column, false, tokens.sink)) probability[0][0][column] = -INFINITY;
     }
     take_softmax(probability, factors, start);
-    const uint32_t weights = movmatrix(pack<T>(probability[0][0], probability[0][1]));  // tokens 2 t, 2 t + 1, column g
+    const uint32_t weights =
+        movmatrix(pack<T>(probability[0][0][0], probability[0][0][1]));  // tokens 2 t, 2 t + 1, column g
     const char* value = stage + kRowBytes + 2 * t * kTokenStride + 8 * g;
 #pragma unroll
     for (int b = 0; b < D / 32; ++b) {

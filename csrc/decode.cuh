@@ -23,30 +23,11 @@
 
 namespace kivi::cuda {
 
-// A column's maximum and sum, of 2 t and 2 t + 1.
-struct Extremes {
-  float maximum[2] = {-1e30f, -1e30f}, sum[2] = {};
-
-  // Returns by how much what was summed before is to be lowered.
-  __device__ float2 merge(float2 even, float2 odd) {
-    const float lowered[2] = {raise(0, even), raise(1, odd)};
-    return {lowered[0], lowered[1]};
-  }
-
- private:
-  __device__ float raise(int column, float2 other) {
-    const float high = fmaxf(maximum[column], other.x), lowered = exp2f(maximum[column] - high);
-    sum[column] = sum[column] * lowered + other.y * exp2f(other.x - high);
-    maximum[column] = high;
-    return lowered;
-  }
-};
-
-__device__ inline void add_scaled(float4& sums, float4 x, float even, float odd) {
-  sums.x += x.x * even;
-  sums.y += x.y * odd;
-  sums.z += x.z * even;
-  sums.w += x.w * odd;
+__device__ inline void add_scaled(float4& sums, float4 x, const float (&factor)[2]) {
+  sums.x += x.x * factor[0];
+  sums.y += x.y * factor[1];
+  sums.z += x.z * factor[0];
+  sums.w += x.w * factor[1];
 }
 
 // Writes the output of an item. Element i holds channels 2 i' and 2 i' + 1 of columns 2 t (x, z) and 2 t + 1 (y, w).
@@ -67,14 +48,14 @@ __device__ inline void write_output(const DecodeParams& params, const Segment& s
     T* out = static_cast<T*>(attention.output.data) +
              (first_row + params.ratio.divide(column)) * attention.output.token_stride +
              head * attention.output.head_stride + channel;
-    const float inverse = 1.0f / sum[c];
+    const float inverse = __fdividef(1.0f, sum[c]);
     *reinterpret_cast<uint32_t*>(out) =
         c == 0 ? pack<T>(merged.x * inverse, merged.z * inverse) : pack<T>(merged.y * inverse, merged.w * inverse);
   }
 }
 
 template <class T, int D, int K_BITS, int V_BITS>
-__global__ void __launch_bounds__(32 * kMaxWarps, kBlocksPerMultiprocessor<D>)
+__global__ void __launch_bounds__(32 * kMaxWarps, kBlocksPerMultiprocessor)
     decode_kernel(const __grid_constant__ DecodeParams params) {
   using Kernel = Decoder<T, D, K_BITS, V_BITS>;
   constexpr int kElements = 32 * Kernel::kBlocks;  // float4 of an item's sums
@@ -91,7 +72,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kBlocksPerMultiprocessor<D>)
   const int ratio = params.ratio.value, num_stages = params.num_stages;
   const int warp_bytes = num_stages * params.stage_bytes;
   char* stages = shared + warp * warp_bytes;
-  char* prepared = shared + num_warps * warp_bytes + warp * Kernel::kPrepareBytes;
+  uint32_t* prepared =
+      reinterpret_cast<uint32_t*>(shared + num_warps * warp_bytes) + warp * (Kernel::kHalves * Kernel::kPreparedWords);
   if (lane < num_stages) mbarrier_init(shared_address(&barriers[warp][lane]));
   fence_before_copies();
 
@@ -101,7 +83,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kBlocksPerMultiprocessor<D>)
 #pragma unroll 1
   for (int first = 0; first < num_requests; first += blockDim.x) {
     int total;
-    units = first + thread < num_requests ? Request(attention, first + thread, ratio).line() : 0;
+    units = first + thread < num_requests ? Request(params, first + thread).line() : 0;
     before = length + block_scan(units, scratch, total);
     length += total;
   }
@@ -115,7 +97,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kBlocksPerMultiprocessor<D>)
 #pragma unroll 1
     for (int first = 0; first < num_requests; first += blockDim.x) {
       int total;
-      units = first + thread < num_requests ? Request(attention, first + thread, ratio).line() : 0;
+      units = first + thread < num_requests ? Request(params, first + thread).line() : 0;
       before = so_far + block_scan(units, scratch, total);
       so_far += total;
       if (before <= block_begin && block_begin < before + units) {
@@ -134,7 +116,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kBlocksPerMultiprocessor<D>)
     Place& place = places[warp];
     Kernel kernel(params, place, stages, shared_address(barriers[warp]), prepared);
     if (lane == 0) {
-      place.request = Request(attention, scratch[kMaxWarps], ratio);
+      place.request = Request(params, scratch[kMaxWarps]);
       place.segment.request = scratch[kMaxWarps];
       place.line = scratch[kMaxWarps + 1];
       place.to = begin;
@@ -144,7 +126,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kBlocksPerMultiprocessor<D>)
         place.from = place.to;
         while (place.from >= place.line + place.request.line()) {
           place.line += place.request.line();
-          place.request = Request(attention, ++place.segment.request, ratio);
+          place.request = Request(params, ++place.segment.request);
         }
         place.segment.item = (place.from - place.line) / place.request.num_units;
         place.segment.item_begin = place.line + place.segment.item * place.request.num_units;
@@ -157,14 +139,15 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kBlocksPerMultiprocessor<D>)
       int unit = place.from - place.segment.item_begin, next = unit;
       const int last = place.to - place.segment.item_begin;
       uint32_t codes[D / 8];
+      kernel.begin_request();
       kernel.load_query(ratio, codes);
       kernel.find_sources(unit);
       for (int stage = 0; stage < num_stages && next < last; ++stage) kernel.start_copy(next++, stage);
       kernel.begin_segment(codes);
       int stage = 0;
-      const int end_of_tiles = min(last, place.request.num_tiles);
+      const int end_of_tiles = min(last, kernel.num_tile_units);
       for (; unit < end_of_tiles; ++unit) {
-        kernel.attend_tile(kernel.wait(stage), unit);
+        kernel.attend_tiles(kernel.wait(stage), unit);
         if (next < last) kernel.start_copy(next++, stage);
         stage = stage + 1 == num_stages ? 0 : stage + 1;
       }
@@ -180,9 +163,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kBlocksPerMultiprocessor<D>)
       const bool is_last = place.to == end;
       const bool is_whole = place.segment.item_begin >= begin && place.segment.item_end <= end;
       // All stages are free.
-      float4* sums = is_last || is_whole
-                         ? reinterpret_cast<float4*>(stages)
-                         : reinterpret_cast<float4*>(params.first_sums) + (blockIdx.x * num_warps + warp) * kElements;
+      float4* sums = is_last || is_whole ? reinterpret_cast<float4*>(stages)
+                                         : params.first_sums + (blockIdx.x * num_warps + warp) * kElements;
 #pragma unroll
       for (int i = 0; i < Kernel::kBlocks; ++i) {
         sums[32 * i + lane] = {kernel.output[i][0], kernel.output[i][1], kernel.output[i][2], kernel.output[i][3]};
@@ -205,88 +187,96 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kBlocksPerMultiprocessor<D>)
   }
   __syncthreads();
 
-  // Items that no warp had whole. Only the first and the last segment of a warp can belong to one.
+  // Items that no warp had whole: the one that the block begins in, and those that begin in warp w and go on after it.
+  // The first one comes last, since it may have to wait for blocks before this one; nobody waits for a later block.
   const int column = 2 * (lane % 4);
-  const auto part_end = [&](int w) { return min(block_begin + (w + 1) * part, block_end); };
-  float4* partials = reinterpret_cast<float4*>(params.partials);
-  // A block has at most two items that it does not hold whole: 0 is the one it begins in, 1 the one it ends in.
-  const auto slot_of = [&](const Segment& segment, int b) { return 2 * b + (b * block_part < segment.item_begin); };
-  int open[2] = {-1, -1};  // their segments
-  for (int index = 0; index < 2 * num_warps && block_begin + index / 2 * part < block_end; ++index) {
-    const int w = index / 2, warp_begin = block_begin + w * part;
-    const Segment segment = segments[w][index % 2];
-    if (index % 2 == 1 && segment.item_begin <= warp_begin) continue;                   // first and last are one
-    if (segment.item_begin >= warp_begin && segment.item_end <= part_end(w)) continue;  // written
-    if (segment.item_begin < warp_begin && w > 0) continue;                             // merged with earlier warps
-    const int last_warp = (min(segment.item_end, block_end) - 1 - block_begin) / part;
-    Extremes merged;
 #pragma unroll 1
-    for (int v = w; v <= last_warp; ++v) {
-      const float2* extreme = extremes[v][segment.item_end >= part_end(v)];
-      merged.merge(extreme[column], extreme[column + 1]);
-    }
-    const bool is_whole = segment.item_begin >= block_begin && segment.item_end <= block_end;
-    const int slot = slot_of(segment, blockIdx.x);
-#pragma unroll 1
-    for (int i = thread; i < kElements; i += blockDim.x) {
-      float4 sums = {};
-#pragma unroll 1
-      for (int v = w; v <= last_warp; ++v) {
-        const bool is_last = segment.item_end >= part_end(v);
-        const float4* from =
-            is_last ? reinterpret_cast<const float4*>(shared + v * warp_bytes)
-                    : reinterpret_cast<const float4*>(params.first_sums) + (blockIdx.x * num_warps + v) * kElements;
-        const float2* extreme = extremes[v][is_last];
-        add_scaled(sums, from[i], exp2f(extreme[column].x - merged.maximum[0]),
-                   exp2f(extreme[column + 1].x - merged.maximum[1]));
-      }
-      if (is_whole) {
-        write_output<T>(params, segment, i, sums, merged.sum);
-      } else {
-        partials[slot * kElements + i] = sums;
-      }
-    }
-    if (is_whole) continue;
-    open[slot % 2] = index;
-    if (thread < 4) {
-      params.extremes[slot * kColumns + column] = {merged.maximum[0], merged.sum[0]};
-      params.extremes[slot * kColumns + column + 1] = {merged.maximum[1], merged.sum[1]};
-    }
-  }
-  if (open[0] < 0 && open[1] < 0) return;
+  for (int candidate = num_warps; candidate >= 0; --candidate) {
+    const int w = max(candidate - 1, 0), warp_begin = block_begin + w * part,
+              warp_end = min(warp_begin + part, block_end);
+    if (warp_begin >= block_end) continue;
+    const Segment segment = segments[w][candidate > 0];
+    if (candidate > 0 && segment.item_begin < warp_begin + (w == 0)) continue;       // of an earlier candidate
+    if (segment.item_begin >= warp_begin && segment.item_end <= warp_end) continue;  // written
+    const bool begins_here = segment.item_begin >= block_begin, ends_here = segment.item_end <= block_end;
 
-  // The last block of an item merges it.
-  __threadfence();
-  __syncthreads();
-  const int own = thread == 0 ? open[0] : open[1];
-  if (thread < 2 && own >= 0) {
-    const Segment& segment = segments[own / 2][own % 2];
-    const int first_block = segment.item_begin / block_part, last_block = (segment.item_end - 1) / block_part;
-    const bool is_last = atomicAdd(&params.finished[first_block], 1) == last_block - first_block;
-    if (is_last) params.finished[first_block] = 0;
-    scratch[thread] = is_last;
-  }
-  __syncthreads();
-  for (int which = 0; which < 2; ++which) {
-    if (open[which] < 0 || !scratch[which]) continue;
-    __threadfence();
-    const Segment segment = segments[open[which] / 2][open[which] % 2];
-    const int first_block = segment.item_begin / block_part, last_block = (segment.item_end - 1) / block_part;
-#pragma unroll 1
-    for (int i = thread; i < kElements; i += blockDim.x) {
-      Extremes all;
-      float4 sums = {};
-#pragma unroll 8
-      for (int b = first_block; b <= last_block; ++b) {  // loads do not wait for what was merged before
-        const int slot = slot_of(segment, b);
-        const float2* from = &params.extremes[slot * kColumns + column];
-        const float2 even = __ldcg(from), odd = __ldcg(from + 1);
-        const float4 x = __ldcg(&partials[slot * kElements + i]);
-        const float2 lowered = all.merge(even, odd);
-        sums = {sums.x * lowered.x, sums.y * lowered.y, sums.z * lowered.x, sums.w * lowered.y};
-        add_scaled(sums, x, exp2f(even.x - all.maximum[0]), exp2f(odd.x - all.maximum[1]));
+    const float4* from[kMaxWarps];  // null of warps that have no part
+    float maximum[2] = {-1e30f, -1e30f}, sum[2] = {}, factor[kMaxWarps][2];
+    float2 extreme[kMaxWarps][2];
+#pragma unroll
+    for (int v = 0; v < kMaxWarps; ++v) {
+      from[v] = nullptr;
+      const int begin_v = block_begin + v * part;
+      if (v < w || begin_v >= min(segment.item_end, block_end)) continue;
+      const bool is_last = segment.item_end >= min(begin_v + part, block_end);
+      from[v] = is_last ? reinterpret_cast<const float4*>(shared + v * warp_bytes)
+                        : params.first_sums + (blockIdx.x * num_warps + v) * kElements;
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        extreme[v][c] = extremes[v][is_last][column + c];
+        maximum[c] = fmaxf(maximum[c], extreme[v][c].x);
       }
-      write_output<T>(params, segment, i, sums, all.sum);
+    }
+#pragma unroll
+    for (int v = 0; v < kMaxWarps; ++v) {
+      if (from[v] == nullptr) continue;
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        factor[v][c] = exp2_approx(extreme[v][c].x - maximum[c]);
+        sum[c] += extreme[v][c].y * factor[v][c];
+      }
+    }
+
+    const int first_block = begins_here ? blockIdx.x : segment.item_begin / block_part;
+    if (ends_here && !begins_here) {
+      if (thread == 0) {
+        while (load_acquire(&params.num_partial[blockIdx.x]) < int(blockIdx.x) - first_block) {
+        }
+        params.num_partial[blockIdx.x] = 0;
+      }
+      __syncthreads();
+    }
+#pragma unroll 2
+    for (int i = thread; i < kElements; i += blockDim.x) {
+      float4 sums = {};
+#pragma unroll
+      for (int v = 0; v < kMaxWarps; ++v) {
+        if (from[v] != nullptr) add_scaled(sums, from[v][i], factor[v]);
+      }
+      if (!ends_here) {
+        params.partials[blockIdx.x * kElements + i] = sums;
+        continue;
+      }
+      float all_maximum[2] = {maximum[0], maximum[1]}, all_sum[2] = {sum[0], sum[1]};
+#pragma unroll 4
+      for (int b = first_block; b < blockIdx.x; ++b) {  // loads do not wait for what was merged before
+        const float2 other[2] = {__ldcg(&params.extremes[b * kColumns + column]),
+                                 __ldcg(&params.extremes[b * kColumns + column + 1])};
+        const float4 x = __ldcg(&params.partials[b * kElements + i]);
+        float kept[2], added[2];
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const float high = fmaxf(all_maximum[c], other[c].x);
+          kept[c] = exp2_approx(all_maximum[c] - high);
+          added[c] = exp2_approx(other[c].x - high);
+          all_maximum[c] = high;
+          all_sum[c] = all_sum[c] * kept[c] + other[c].y * added[c];
+        }
+        sums = {sums.x * kept[0], sums.y * kept[1], sums.z * kept[0], sums.w * kept[1]};
+        add_scaled(sums, x, added);
+      }
+      write_output<T>(params, segment, i, sums, all_sum);
+    }
+    if (!ends_here) {
+      if (thread < 4) {
+        params.extremes[blockIdx.x * kColumns + column] = {maximum[0], sum[0]};
+        params.extremes[blockIdx.x * kColumns + column + 1] = {maximum[1], sum[1]};
+      }
+      __syncthreads();
+      if (thread == 0) {
+        __threadfence();
+        atomicAdd(&params.num_partial[(segment.item_end - 1) / block_part], 1);
+      }
     }
   }
 }

@@ -88,6 +88,12 @@ __device__ inline float exp2_approx(float x) {
   return y;
 }
 
+__device__ inline int load_acquire(const int* from) {
+  int value;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
+  return value;
+}
+
 // ---------------------------------------------------------------------------------------------------- asynchronous
 // Copies global -> shared memory that complete on an mbarrier. Since sm_90 a lane copies a run of any length: one calls
 // expect_bytes before; else all lanes call copy16, and end_copies after.

@@ -6,17 +6,11 @@
 namespace kivi::cuda {
 
 constexpr int kColumns = 8;
-constexpr int kUnitTokens = 8;  // of a full-precision unit
+constexpr int kRunTokens = 8;    // of a unit in full precision
+constexpr int kTileTokens = 64;  // of a unit of tiles, or more if a tile has more
+constexpr int kHalfTokens = 32;  // tokens of a tile that one step of products takes
 constexpr int kMaxWarps = 4;
-// By registers: 168 a thread for three blocks. Hopper needs no more; where the compiler does, two blocks do.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
-template <int HEAD_DIM>
-constexpr int kBlocksPerMultiprocessor = 2;
-#else
-template <int HEAD_DIM>
-constexpr int kBlocksPerMultiprocessor = HEAD_DIM <= 128 ? 3 : 2;
-#endif
-constexpr int kSubTile = 32;  // tokens of a tile that are attended at once
+constexpr int kBlocksPerMultiprocessor = 2;  // by registers
 
 // What P is multiplied by, and by how much a score may exceed the maximum, as exponents of 2. With the tops of
 // Relative: P * value scale < 2^(6 + 3 + 6) and Q * key scale < 2^(6 + 9), within fp16.
@@ -38,41 +32,45 @@ struct DecodeParams {
   AttentionParams attention;
   Divisor page_tiles, full_page_tokens, ratio;
   int32_t log_group_size;
-  int32_t min_units;  // of a warp's part
+  int32_t log_unit_tiles;  // tiles of a unit
+  int32_t min_units;       // of a warp's part
   int32_t num_stages;
   int32_t stage_bytes;
-  float* first_sums;  // [blocks][warps][head_dim * 8] in the order of accumulators: of a warp's first segment
-  float* partials;    // [2 * blocks][head_dim * 8] likewise, of the items that a block does not hold whole
-  float2* extremes;   // [2 * blocks][8] maximum and sum of their columns
-  int32_t* finished;  // [blocks], 0 between launches
+  int32_t unit_bytes;    // of tiles
+  float4* first_sums;    // [blocks][warps][head_dim * 2] in the order of accumulators: of a warp's first segment
+  float4* partials;      // [blocks][head_dim * 2] likewise, of the item that goes on in the next block
+  float2* extremes;      // [blocks][8] maximum and sum of its columns
+  int32_t* num_partial;  // [blocks] how many blocks have written their part of the item that ends in this one; 0
+                         // between launches
 };
 
 // Rows of a request in the units of this kernel.
 struct Request {
   int first_row, num_rows, num_tokens;  // of this step; tokens of all
-  int first_tile, num_tiles;
+  int first_tile, num_tiles, num_tile_units;
   int num_sinks, num_sink_units;
   int window;           // first token of the window
   int shared_boundary;  // below it, all rows read tiles
   int num_units, num_items;
 
   Request() = default;
-  __device__ Request(const AttentionParams& params, int index, int ratio) {
-    const Layout& layout = params.layout;
-    first_row = params.batch.query_start_loc[index];
-    num_rows = params.batch.query_start_loc[index + 1] - first_row;
-    num_tokens = params.batch.seq_lens[index];
+  __device__ Request(const DecodeParams& params, int index) {
+    const Layout& layout = params.attention.layout;
+    const Batch& batch = params.attention.batch;
+    first_row = batch.query_start_loc[index];
+    num_rows = batch.query_start_loc[index + 1] - first_row;
+    num_tokens = batch.seq_lens[index];
     if (num_rows <= 0 || num_tokens < num_rows) num_rows = num_tokens = 0;
     const int last = boundary(layout, num_tokens), first = boundary(layout, num_tokens - max(num_rows - 1, 0));
     num_sinks = min(layout.sink_tokens, num_tokens);
-    num_sink_units = unsigned(num_sinks + kUnitTokens - 1) / kUnitTokens;
+    num_sink_units = unsigned(num_sinks + kRunTokens - 1) / kRunTokens;
     window = max(layout.full_precision ? 0 : first, num_sinks);
     shared_boundary = first;
-    const int log_group = 31 - __clz(layout.group_size);
-    first_tile = num_sinks >> log_group;
-    num_tiles = layout.full_precision ? 0 : max((last >> log_group) - first_tile, 0);
-    num_units = num_tiles + num_sink_units + unsigned(num_tokens - window + kUnitTokens - 1) / kUnitTokens;
-    num_items = layout.num_kv_heads * (unsigned(num_rows * ratio + kColumns - 1) / kColumns);
+    first_tile = num_sinks >> params.log_group_size;
+    num_tiles = layout.full_precision ? 0 : max((last >> params.log_group_size) - first_tile, 0);
+    num_tile_units = (num_tiles + (1 << params.log_unit_tiles) - 1) >> params.log_unit_tiles;
+    num_units = num_tile_units + num_sink_units + unsigned(num_tokens - window + kRunTokens - 1) / kRunTokens;
+    num_items = layout.num_kv_heads * (unsigned(num_rows * params.ratio.value + kColumns - 1) / kColumns);
     if (num_rows == 0) num_units = num_items = 0;
   }
 
@@ -100,12 +98,12 @@ struct Tokens {
 };
 
 __device__ inline Tokens tokens_of_unit(const Request& request, int unit) {
-  int first = kUnitTokens * (unit - request.num_tiles);
-  if (unit < request.num_tiles + request.num_sink_units) {
-    return {first, min(first + kUnitTokens, request.num_sinks), true};
+  int first = kRunTokens * (unit - request.num_tile_units);
+  if (unit < request.num_tile_units + request.num_sink_units) {
+    return {first, min(first + kRunTokens, request.num_sinks), true};
   }
-  first += request.window - kUnitTokens * request.num_sink_units;
-  return {first, min(first + kUnitTokens, request.num_tokens), false};
+  first += request.window - kRunTokens * request.num_sink_units;
+  return {first, min(first + kRunTokens, request.num_tokens), false};
 }
 
 // Sums over all threads of the block; `scratch` is [kMaxWarps]. Ends with a barrier on entry of the next call.

@@ -44,19 +44,23 @@ struct Plan {
   int blocks_per_multiprocessor, num_warps, num_stages, stage_bytes, shared_bytes;
 };
 
+int log_unit_tiles(const Layout& layout) {
+  return std::countr_zero(std::max(1u, unsigned(kTileTokens / layout.group_size)));
+}
+
 // Enough bytes in flight for the memory: many warps first, then stages.
 Plan make_plan(const Layout& layout, const Device& device) {
   constexpr struct {
     int blocks, warps, stages;
-  } kWishes[] = {{3, 4, 3}, {2, 4, 3}, {3, 4, 2}, {2, 4, 2}, {1, 4, 2}, {1, 2, 2}, {1, 1, 1}};
-  const int tile_bytes = layout.full_precision ? 0 : layout.tile_bytes;
-  const int stage_bytes = std::max(tile_bytes, kUnitTokens * (4 * layout.head_dim + 16));
+  } kWishes[] = {{2, 4, 3}, {2, 4, 2}, {1, 4, 2}, {1, 2, 2}, {1, 1, 1}};
+  const int unit_bytes = layout.full_precision ? 0 : layout.tile_bytes << log_unit_tiles(layout);
+  const int prepared_bytes = 6 * layout.head_dim * (layout.head_dim <= 128 ? 2 : 1);
+  const int stage_bytes = std::max(unit_bytes, kRunTokens * (4 * layout.head_dim + 16));
   for (const auto& wish : kWishes) {
-    if (wish.blocks > 2 && layout.head_dim > 128) continue;  // their registers allow two
     const int available = std::min(device.shared_bytes / wish.blocks, device.max_block_shared_bytes) - kReserved;
-    const int stages = std::min((available / wish.warps - 6 * layout.head_dim) / stage_bytes, kMaxStages);
+    const int stages = std::min((available / wish.warps - prepared_bytes) / stage_bytes, kMaxStages);
     if (stages >= wish.stages) {
-      return {wish.blocks, wish.warps, stages, stage_bytes, wish.warps * (stages * stage_bytes + 6 * layout.head_dim)};
+      return {wish.blocks, wish.warps, stages, stage_bytes, wish.warps * (stages * stage_bytes + prepared_bytes)};
     }
   }
   return {};
@@ -93,8 +97,8 @@ const void* find_kernel(const Layout& layout, Dtype dtype) {
 size_t decode_workspace_bytes(const Layout& layout) {
   Device device;
   if (find_device(device) != cudaSuccess) return 0;
-  const int blocks = 3 * device.num_multiprocessors;
-  return blocks * ((kMaxWarps + 2) * sums_bytes(layout) + 2 * kColumns * sizeof(float2) + sizeof(int32_t));
+  const int blocks = kBlocksPerMultiprocessor * device.num_multiprocessors;
+  return blocks * ((kMaxWarps + 1) * sums_bytes(layout) + kColumns * sizeof(float2) + sizeof(int32_t));
 }
 
 const char* decode(const AttentionParams& attention, Stream stream) {
@@ -113,14 +117,16 @@ const char* decode(const AttentionParams& attention, Stream stream) {
   params.full_page_tokens = Divisor(layout.full_page_tokens);
   params.ratio = Divisor(attention.num_heads / layout.num_kv_heads);
   params.log_group_size = std::countr_zero(static_cast<unsigned>(layout.group_size));
+  params.log_unit_tiles = log_unit_tiles(layout);
   params.min_units = kMinUnits;
   params.num_stages = plan.num_stages;
   params.stage_bytes = plan.stage_bytes;
+  params.unit_bytes = layout.tile_bytes << params.log_unit_tiles;
   char* workspace = static_cast<char*>(attention.workspace);
-  params.first_sums = reinterpret_cast<float*>(workspace);
-  params.partials = reinterpret_cast<float*>(workspace + blocks * kMaxWarps * sums_bytes(layout));
-  params.extremes = reinterpret_cast<float2*>(workspace + blocks * (kMaxWarps + 2) * sums_bytes(layout));
-  params.finished = reinterpret_cast<int32_t*>(params.extremes + 2 * blocks * kColumns);
+  params.first_sums = reinterpret_cast<float4*>(workspace);
+  params.partials = reinterpret_cast<float4*>(workspace + blocks * kMaxWarps * sums_bytes(layout));
+  params.extremes = reinterpret_cast<float2*>(workspace + blocks * (kMaxWarps + 1) * sums_bytes(layout));
+  params.num_partial = reinterpret_cast<int32_t*>(params.extremes + blocks * kColumns);
   if (cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes))
     return message(error);
   void* arguments[] = {&params};

@@ -11,46 +11,44 @@ template <class T, int D, int K_BITS, int V_BITS>
 struct Decoder {
   static constexpr int kRowBytes = 2 * D;                  // of a key or value in full precision
   static constexpr int kTokenStride = 2 * kRowBytes + 16;  // in a stage: the padding avoids bank conflicts
-  static constexpr int kHalves = D <= 128 ? 2 : 1;         // of kHalfTokens, attended at once
-  static constexpr int kPreparedWords = 3 * D / 2;         // of a half
-  static constexpr int kKeyWords = D * K_BITS / 128;       // of a lane, per token
-  static constexpr int kBlocks = D / 16;                   // row blocks of the output
-  static constexpr float kLog2E = 1.4426950408889634f;
+  static constexpr int kHalves = halves_at_once(D, K_BITS);
+  static constexpr int kScaleWords = scale_words(D);
+  // In `words`: scales and zeros of a step, then what only a lane itself reads, its part of the query and its State.
+  static constexpr int kQueryAt = kHalves * kScaleWords, kStateAt = kQueryAt + kColumns * D / 2;
+  static constexpr int kKeyWords = D * K_BITS / 128;  // of a lane, per token
+  static constexpr int kBlocks = D / 16;              // row blocks of the output
 
   const DecodeParams& params;
   const Layout& layout;
   const int lane, g, t;
-  char* stages;        // this warp's
-  uint32_t barriers;   // this warp's, one a stage
-  uint32_t phases;     // a bit for each stage
-  uint32_t* prepared;  // this warp's scales as half2
+  char* stages;       // this warp's
+  uint32_t barriers;  // this warp's, one a stage
+  uint32_t phases;    // a bit for each stage
+  uint32_t* words;    // this warp's warp_words()
   const Place& place;
 
   int first_key_scales, first_value_scales, key_zeros_at, key_codes, value_codes;  // of this lane in a tile
 
-  // Where lanes find what they copy of unit sources_from and later ones.
-  const char *source, *second;  // the second tile of a unit
+  const char* source;  // of the copies of unit sources_from and later ones
   int sources_from;
-  int value_distance;  // from a key in full precision to its value
+  // Blocks that are looked up early: of a lane's tile in the next such round, and of the window's page `lane`.
+  int next_block, next_from;
+  int window_block, window_page;
 
   uint32_t query_codes[D / 8];  // fp16, for products with codes
-  uint32_t query[D / 8];        // as given, for all else
-  int query_exponent[2];        // of the power of two that query_codes were divided by, of columns 2t and 2t + 1
-  int rows;                     // of columns 2t and 2t + 1, 16 bits each
-  int num_tile_units;           // of the request
-  int plain_begin, plain_end;   // units of tiles that all columns read whole
+
+  int num_tile_units;  // of the request
+  int plain_end;       // units of tiles from params.first_plain on are read whole by all columns
 
   // Sums. Lanes hold columns 2t and 2t + 1.
   float output[kBlocks][4];  // block 2b + x: rows g and g + 8 are channels 32 b + 4 g + 2 x and + 1
-  float zeros[2][4];         // rows are value groups: g of the first, g + 8 of the second
+  float zeros[4];            // rows g are value groups; the others are not used
   float maximum[2], sum[2];
-  int key_exponent, value_exponent, zero_exponent;
   uint32_t key_limit, value_limit, zero_limit;  // largest_of them
   uint32_t key_shift, value_shift[2], zero_shift;
   float factor[2];  // from sums of products of query_codes and codes to scores as exponents of 2
 
-  __device__ Decoder(const DecodeParams& params, const Place& place, char* stages, uint32_t barriers,
-                     uint32_t* prepared)
+  __device__ Decoder(const DecodeParams& params, const Place& place, char* stages, uint32_t barriers, uint32_t* words)
       : params(params),
         layout(params.attention.layout),
         lane(threadIdx.x % 32),
@@ -59,7 +57,7 @@ struct Decoder {
         stages(stages),
         barriers(opaque(barriers)),
         phases(0),
-        prepared(prepared),
+        words(words),
         place(place),
         first_key_scales(opaque(key_scales_at(0))),
         first_value_scales(opaque(value_scales_at(0))),
@@ -67,30 +65,43 @@ struct Decoder {
         key_codes(opaque(layout.k_codes_offset + 4 * (t * layout.group_size + 4 * g))),
         value_codes(opaque(layout.v_codes_offset + t * (D * V_BITS) + g * (4 * V_BITS))) {}
 
+  // What a lane seldom needs.
+  struct State {
+    int rows;             // of columns 2t and 2t + 1, 16 bits each
+    int query_exponents;  // of the powers of two that query_codes were divided by, of columns 2t and 2t + 1, likewise
+    int exponents;        // of key scales, value scales and value zeros: 8 bits each, the same in all lanes
+    int value_distance;   // from a key in full precision to its value
+  };
+
+  __device__ State& state() const { return reinterpret_cast<State*>(words + kStateAt)[lane]; }
+
+  // Channels 16 i + 2 t ... of column g as pairs 4 j ... 4 j + 3, as given.
+  __device__ uint4& query(int j) const { return reinterpret_cast<uint4*>(words + kQueryAt)[32 * j + lane]; }
+
   // ------------------------------------------------------------------------------------------------------- copies
 
-  __device__ const char* tile_of_request(int index) const {
-    const Request& request = place.request;
-    const Pages& pages = params.attention.quantized;
-    const int tile = request.first_tile + min(index, request.num_tiles - 1), page = params.page_tiles.divide(tile);
-    return page_of(pages, block_of(pages, place.segment.request, page), place.head) +
-           (tile - page * params.page_tiles.value) * layout.tile_bytes;
-  }
-
-  // Finds where units from this one on are copied from, all lanes at once: 32 units of tiles, or 4 of tokens.
+  // Finds where units from this one on are copied from, all lanes at once: 32 tiles, or 4 units of tokens.
   __device__ void find_sources(int unit) {
     const AttentionParams& attention = params.attention;
     const Request& request = place.request;
     sources_from = unit;
     if (unit < request.num_tile_units) {
-      const int tile = (unit + lane) << params.log_unit_tiles;
-      source = tile_of_request(tile);
-      // What a last unit lacks is its first tile again, which no row sees there.
-      second = params.log_unit_tiles > 0 ? tile_of_request(tile + 1) : source + layout.tile_bytes;
+      // What a last unit lacks is the last tile again, which no row sees there.
+      const int index = (unit << params.log_unit_tiles) + lane;
+      const auto block_of_tile = [&](int page) { return block_of(attention.quantized, place.segment.request, page); };
+      const auto tile_at = [&](int i) { return request.first_tile + min(i, request.num_tiles - 1); };
+      const int tile = tile_at(index), page = params.page_tiles.divide(tile);
+      const int block = unit == next_from ? next_block : block_of_tile(page);
+      source =
+          page_of(attention.quantized, block, place.head) + (tile - page * params.page_tiles.value) * layout.tile_bytes;
+      next_from = unit + (32 >> params.log_unit_tiles);
+      next_block = block_of_tile(params.page_tiles.divide(tile_at(index + 32)));
       return;
     }
     const Tokens tokens = tokens_of_unit(request, min(unit + lane / kRunTokens, request.num_units - 1));
     const int token = min(tokens.first + lane % kRunTokens, tokens.end - 1);
+    const int page = params.full_page_tokens.divide(token), index = page - window_page;
+    int block = __shfl_sync(~0u, window_block, index % 32);
     // With the full_precision bypass, tiles hold tokens as they are.
     if (layout.full_precision && token >= request.num_sinks && token < request.shared_boundary) {
       const int tile = token >> params.log_group_size, page = params.page_tiles.divide(tile);
@@ -98,70 +109,50 @@ struct Decoder {
       source = page_of(attention.quantized, block, place.head) +
                (tile - page * params.page_tiles.value) * layout.tile_bytes +
                (token & (layout.group_size - 1)) * kRowBytes;
-      value_distance = layout.v_codes_offset;
+      state().value_distance = layout.v_codes_offset;
     } else {
-      const int page = params.full_page_tokens.divide(token);
-      const int block = block_of(attention.full, place.segment.request, page);
+      if (unsigned(index) >= 32) block = block_of(attention.full, place.segment.request, page);
       source = full_token_at(layout, attention.full, block, place.head, token - page * params.full_page_tokens.value,
                              sizeof(T));
-      value_distance = kRowBytes;
+      state().value_distance = kRowBytes;
     }
   }
 
   __device__ void start_copy(int unit, int stage) {
     const uint32_t to = shared_address(stages) + stage * params.stage_bytes, barrier = barriers + 8 * stage;
-    int index = unit - sources_from;
-    if (unit < num_tile_units) {
-      if (index == 32) {
-        find_sources(unit);
-        index = 0;
-      }
+    const bool is_tiles = unit < num_tile_units;
+    int index = (unit - sources_from) << (is_tiles ? params.log_unit_tiles : kLogRunTokens);  // lane of its first
+    if (index == 32 || unit == num_tile_units) {
+      find_sources(unit);
+      index = 0;
+    }
+    if (is_tiles) {
+      const int copied = lane - index;  // tile of the unit
       if constexpr (kBulkCopies) {
-        if (lane == index) {
-          expect_bytes(barrier, params.unit_bytes);
-          if (second == source + layout.tile_bytes) {
-            bulk_copy(to, source, params.unit_bytes, barrier);
-          } else {
-            bulk_copy(to, source, layout.tile_bytes, barrier);
-            bulk_copy(to + layout.tile_bytes, second, layout.tile_bytes, barrier);
-          }
+        if (copied == 0) expect_bytes(barrier, params.unit_bytes);
+        if (copied == 0 || copied == params.log_unit_tiles) {
+          bulk_copy(to + copied * layout.tile_bytes, source, layout.tile_bytes, barrier);
         }
       } else {
-        for (int i = 16 * lane, half = 0; i < params.unit_bytes; i += 512) {
-          if (i >= layout.tile_bytes) half = layout.tile_bytes;
-          const char* tile = shuffle(half == 0 ? source : second, index);
-          copy16(to + i, tile + (i - half));
+        const char *first = shuffle(source, index), *second = shuffle(source, index + params.log_unit_tiles);
+        for (int i = 16 * lane; i < layout.tile_bytes; i += 512) {
+          copy16(to + i, first + i);
+          if (params.log_unit_tiles > 0) copy16(to + layout.tile_bytes + i, second + i);
         }
+        end_copies(barrier);
       }
-    } else {
-      if (index == 32 / kRunTokens || unit == num_tile_units) {
-        find_sources(unit);
-        index = 0;
+    } else {  // 4 lanes a token: to copy rows in one piece each would take longer
+      const int from_lane = index + lane % kRunTokens;
+      const char* key = shuffle(source, from_lane) + 16 * (lane / kRunTokens);
+      const char* value = key + __shfl_sync(~0u, state().value_distance, from_lane);
+      const uint32_t row_to = to + lane % kRunTokens * kTokenStride + 16 * (lane / kRunTokens);
+#pragma unroll
+      for (int i = 0; i < kRowBytes; i += 64) {
+        copy16(row_to + i, key + i);
+        copy16(row_to + kRowBytes + i, value + i);
       }
-      if constexpr (kBulkCopies) {
-        if (lane == index * kRunTokens) expect_bytes(barrier, 2 * kRunTokens * kRowBytes);
-        __syncwarp();
-        if (lane / kRunTokens == index) {
-          const uint32_t row_to = to + lane % kRunTokens * kTokenStride;
-          if (layout.full_precision) {
-            bulk_copy(row_to, source, kRowBytes, barrier);
-            bulk_copy(row_to + kRowBytes, source + value_distance, kRowBytes, barrier);
-          } else {
-            bulk_copy(row_to, source, 2 * kRowBytes, barrier);
-          }
-        }
-      } else {  // 4 lanes a token
-        const int from_lane = index * kRunTokens + lane % kRunTokens;
-        const char* key = shuffle(source, from_lane);
-        const char* value = key + __shfl_sync(~0u, value_distance, from_lane);
-        const uint32_t row_to = to + lane % kRunTokens * kTokenStride;
-        for (int i = 16 * (lane / kRunTokens); i < kRowBytes; i += 64) {
-          copy16(row_to + i, key + i);
-          copy16(row_to + kRowBytes + i, value + i);
-        }
-      }
+      end_copies(barrier);
     }
-    end_copies(barrier);
   }
 
   __device__ const char* wait(int stage) {
@@ -187,7 +178,13 @@ struct Decoder {
       const int pair = i % kPairsOfWord, element = pair / 2 * 2 + pair % 2 * kPairsOfWord;
       const T* word = from + (t + 4 * (i / kPairsOfWord)) * 2 * kPairsOfWord;
       codes[i] = valid ? *reinterpret_cast<const uint32_t*>(word + element) : 0;
-      query[i] = valid ? *reinterpret_cast<const uint32_t*>(from + 8 * i + 2 * t) : 0;
+    }
+#pragma unroll
+    for (int j = 0; j < D / 32; ++j) {
+      const auto load = [&](int i) {
+        return valid ? *reinterpret_cast<const uint32_t*>(from + 32 * j + 8 * i + 2 * t) : 0;
+      };
+      query(j) = {load(0), load(1), load(2), load(3)};
     }
   }
 
@@ -195,17 +192,19 @@ struct Decoder {
   __device__ void begin_request() {
     const Request& request = place.request;
     const int log_unit_tokens = params.log_group_size + params.log_unit_tiles;
-    const int first = request.first_tile << params.log_group_size;
     num_tile_units = request.num_tile_units;
-    plain_begin = first < layout.sink_tokens;
-    plain_end = (request.shared_boundary - first) >> log_unit_tokens;
+    plain_end = (request.shared_boundary - (request.first_tile << params.log_group_size)) >> log_unit_tokens;
+    next_from = -1;
+    window_page = params.full_page_tokens.divide(request.window);
+    const int last_page = params.full_page_tokens.divide(request.num_tokens - 1);
+    window_block = block_of(params.attention.full, place.segment.request, min(window_page + lane, last_page));
   }
 
   __device__ int first_column() const { return place.segment.item / layout.num_kv_heads * kColumns; }
 
   __device__ void begin_segment(uint32_t (&codes)[D / 8]) {
     constexpr int kPairsOfWord = kPairs<K_BITS>;
-    rows = 0;
+    int rows = 0;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       rows |= min(params.ratio.divide(first_column() + 2 * t + i), place.request.num_rows - 1) << 16 * i;
@@ -229,8 +228,11 @@ struct Decoder {
       const float factor = power_of_two(kQueryExponent - exponent - position<K_BITS>(i % kPairsOfWord));
       query_codes[i] = pack<__half>(pairs[i].x * factor, pairs[i].y * factor);
     }
+    int exponents = 0;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) query_exponent[i] = __shfl_sync(~0u, exponent, 4 * (2 * t + i)) - kQueryExponent;
+    for (int i = 0; i < 2; ++i) {
+      exponents |= ((__shfl_sync(~0u, exponent, 4 * (2 * t + i)) - kQueryExponent) & 0xFFFF) << 16 * i;
+    }
 
 #pragma unroll
     for (int block = 0; block < kBlocks; ++block) {
@@ -238,14 +240,17 @@ struct Decoder {
       for (int i = 0; i < 4; ++i) output[block][i] = 0;
     }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) zeros[0][i] = zeros[1][i] = 0;
+    for (int i = 0; i < 4; ++i) zeros[i] = 0;
     maximum[0] = maximum[1] = -1e30f;
     sum[0] = sum[1] = 0;
-    key_exponent = value_exponent = zero_exponent = Relative<T>::kLowest;
-    set_scales();
+    state().rows = rows;
+    state().query_exponents = exponents;
+    set_scales(Relative<T>::kLowest, Relative<T>::kLowest, Relative<T>::kLowest);
   }
 
-  __device__ void set_scales() {
+  __device__ void set_scales(int key_exponent, int value_exponent, int zero_exponent) {
+    state().exponents = key_exponent | value_exponent << 8 | zero_exponent << 16;
+    const int query_exponents = state().query_exponents;
     key_limit = largest_of<T>(key_exponent);
     value_limit = largest_of<T>(value_exponent);
     zero_limit = largest_of<T>(zero_exponent);
@@ -255,8 +260,9 @@ struct Decoder {
     for (int i = 0; i < 2; ++i) {  // of tokens 2 (lane % 2) + i of four: the positions of their codes
       const int at = lane % 2 == 0 ? position<V_BITS>(i) : position<V_BITS>(2 + i);
       value_shift[i] = Relative<T>::shift(value_exponent, kValueScaleTop, at);
-      factor[i] = power_of_two(query_exponent[i] + 24 - kKeyScaleTop + key_exponent - Relative<T>::kBias) *
-                  (params.attention.scale * kLog2E);
+      factor[i] = power_of_two((query_exponents << (16 - 16 * i) >> 16) + 24 - kKeyScaleTop + key_exponent -
+                               Relative<T>::kBias) *
+                  (params.scale);
     }
   }
 
@@ -274,8 +280,7 @@ struct Decoder {
   __device__ void rescale_zeros(float even, float odd) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      zeros[0][i] *= i % 2 == 0 ? even : odd;
-      zeros[1][i] *= i % 2 == 0 ? even : odd;
+      zeros[i] *= i % 2 == 0 ? even : odd;
     }
   }
 
@@ -283,7 +288,6 @@ struct Decoder {
   // Scores, as exponents of 2, are product * factor + start.
   template <int H, int N>
   __device__ void take_softmax(float (&products)[H][N][2], float (&factor)[2], float (&start)[H][2]) {
-    if (params.attention.logits_soft_cap > 0) cap(products, factor, start);
     float relative[H][N][2], highest[H][2];
 #pragma unroll
     for (int h = 0; h < H; ++h) {
@@ -351,7 +355,6 @@ struct Decoder {
   // Caps scores; afterwards they are the products. tanh(x) = 1 - 2 / (exp(2 x) + 1).
   template <int H, int N>
   __device__ void cap(float (&products)[H][N][2], float (&factor)[2], float (&start)[H][2]) const {
-    const float limit = params.attention.logits_soft_cap * kLog2E;
 #pragma unroll
     for (int column = 0; column < 2; ++column) {
 #pragma unroll
@@ -359,8 +362,8 @@ struct Decoder {
 #pragma unroll
         for (int i = 0; i < N; ++i) {
           const float score = fmaf(products[h][i][column], factor[column], start[h][column]);
-          const float power = exp2_approx(score * (2 * kLog2E / limit));
-          products[h][i][column] = score == -INFINITY ? score : limit - __fdividef(2 * limit, power + 1);
+          const float power = exp2_approx(score * params.cap_inverse);
+          products[h][i][column] = score == -INFINITY ? score : params.cap - __fdividef(2 * params.cap, power + 1);
         }
         start[h][column] = 0;
       }
@@ -369,7 +372,7 @@ struct Decoder {
   }
 
   __device__ bool visible(int token, int column, bool from_tile, bool sink) const {
-    const int position = place.request.num_tokens - place.request.num_rows + (rows >> 16 * column & 0xFFFF);
+    const int position = place.request.num_tokens - place.request.num_rows + (state().rows >> 16 * column & 0xFFFF);
     if (sink) return token <= position;
     if (layout.full_precision) return token <= position;
     const int limit = boundary(layout, position + 1);
@@ -443,7 +446,7 @@ struct Decoder {
     };
 #pragma unroll
     for (int h = 0; h < kHalves; ++h) {
-      uint2* out = reinterpret_cast<uint2*>(prepared + h * kPreparedWords) + lane;
+      uint2* out = reinterpret_cast<uint2*>(words + h * kScaleWords) + lane;
 #pragma unroll
       for (int i = 0; i < kRounds; ++i) {
         if (D % 128 != 0 && lane >= D / 4) break;
@@ -452,7 +455,7 @@ struct Decoder {
         out[32 * i + D / 4] = {Relative<T>::to_half(p[h].scales[i].x, value_shift[0]),
                                Relative<T>::to_half(p[h].scales[i].y, value_shift[1])};
         // Pairs 0, 2, 1, 3: see multiply_values.
-        uint32_t* zeros_out = prepared + h * kPreparedWords + D + (lane + 32 * i) / 2 * 4 + lane % 2;
+        uint32_t* zeros_out = words + h * kScaleWords + D + (lane + 32 * i) / 2 * 4 + lane % 2;
         zeros_out[0] = signed_half(p[h].zeros[i].x);
         zeros_out[2] = signed_half(p[h].zeros[i].y);
       }
@@ -472,11 +475,10 @@ struct Decoder {
                         __vmaxu2(largest.zero, zero_limit) != zero_limit;
     store_scales(p);
     if (__any_sync(~0u, larger)) [[unlikely]] {
-      const int value_before = value_exponent, zero_before = zero_exponent;
-      key_exponent = larger_exponent(largest.key, key_exponent);
-      value_exponent = larger_exponent(largest.scale, value_exponent);
-      zero_exponent = larger_exponent(largest.zero, zero_exponent);
-      set_scales();
+      const int before = state().exponents, value_before = before >> 8 & 0xFF, zero_before = before >> 16;
+      const int value_exponent = larger_exponent(largest.scale, value_before);
+      const int zero_exponent = larger_exponent(largest.zero, zero_before);
+      set_scales(larger_exponent(largest.key, before & 0xFF), value_exponent, zero_exponent);
       const float factor = power_of_two(value_before - value_exponent);
       rescale(factor, factor);
       const float zero_factor = power_of_two(zero_before - zero_exponent);
@@ -488,7 +490,7 @@ struct Decoder {
   }
 
   __device__ void attend_tiles(const char* stage, int unit) {
-    const bool plain = unit >= plain_begin && unit < plain_end;
+    const bool plain = unit >= params.first_plain && unit < plain_end && params.cap == 0;
     const int unit_tokens = layout.group_size << params.log_unit_tiles;
 #pragma unroll 1
     for (int offset = 0; offset < unit_tokens; offset += kHalves * kHalfTokens) {
@@ -498,11 +500,14 @@ struct Decoder {
       float key_zeros[2][4] = {};
       prepare(tile, first_token, [&] {
         const uint32_t zero_row = shared_address(tile) + key_zeros_at;
+        uint4 given;
 #pragma unroll
         for (int i = 0; i < D / 16; ++i) {
           uint32_t a[4];
           ldmatrix(a, zero_row + 32 * i);  // all rows of a half are the same
-          mma_k16<T>(key_zeros[i % 2], a[0], a[1], a[2], a[3], query[2 * i], query[2 * i + 1]);
+          if (i % 2 == 0) given = query(i / 2);
+          mma_k16<T>(key_zeros[i % 2], a[0], a[1], a[2], a[3], i % 2 == 0 ? given.x : given.z,
+                     i % 2 == 0 ? given.y : given.w);
         }
       });
       float scores[kHalves][2][4] = {};  // block m: rows g and g + 8 are tokens 4 g + 2 m and + 1 of the half
@@ -515,10 +520,10 @@ struct Decoder {
         for (int i = 0; i < 8; ++i) probability[h][i / 2][i % 2] = scores[h][i / 4][i % 4];  // of tokens 4 g + ...
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          start[h][i] = (key_zeros[0][2 * h + i] + key_zeros[1][2 * h + i]) * (params.attention.scale * kLog2E);
+          start[h][i] = (key_zeros[0][2 * h + i] + key_zeros[1][2 * h + i]) * (params.scale);
         }
       }
-      if (!plain) {
+      if (!plain) [[unlikely]] {
         const int first = (place.request.first_tile << params.log_group_size) + unit * unit_tokens + offset + 4 * g;
 #pragma unroll
         for (int i = 0; i < 4 * kHalves; ++i) {
@@ -529,6 +534,7 @@ struct Decoder {
             }
           }
         }
+        if (params.cap > 0) cap(probability, factors, start);
       }
       take_softmax(probability, factors, start);
       uint32_t weights[kHalves][4];  // of tokens 8 t + i and 8 t + i + 4, column g
@@ -553,7 +559,7 @@ struct Decoder {
 #pragma unroll
       for (int h = 0; h < kHalves; ++h) {
         const int word = t + 4 * i;
-        const uint32_t* scale = prepared + h * kPreparedWords + word * kPairsOfWord;
+        const uint32_t* scale = words + h * kScaleWords + word * kPairsOfWord;
         const uint4 words = *reinterpret_cast<const uint4*>(codes + h * distance + i * (16 * layout.group_size));
         uint32_t folded[kPairsOfWord];
         if constexpr (kPairsOfWord == 2) {
@@ -581,13 +587,12 @@ struct Decoder {
   }
 
   __device__ void multiply_values(const char* tile, int first_token, const uint32_t (&weights)[kHalves][4]) {
-    // One A serves both halves of the 32 tokens: the sums of the first in rows g, of the second in rows g + 8. Rows
-    // that are no value group are never read.
+    // Of each product only rows g are used, and of those only as many as there are value groups.
 #pragma unroll
     for (int h = 0; h < kHalves; ++h) {
-      const uint4 zero = reinterpret_cast<const uint4*>(prepared + h * kPreparedWords + D)[lane % (D / 8)];
-      mma_k16<__half>(zeros[0], zero.x, zero.y, zero.z, zero.w, weights[h][0], weights[h][1]);
-      mma_k16<__half>(zeros[1], zero.x, zero.y, zero.z, zero.w, weights[h][2], weights[h][3]);
+      const uint4 zero = reinterpret_cast<const uint4*>(words + h * kScaleWords + D)[lane % (D / 8)];
+      mma_k16<__half>(zeros, zero.x, zero.y, zero.z, zero.w, weights[h][0], weights[h][1]);
+      mma_k16<__half>(zeros, zero.y, zero.x, zero.w, zero.z, weights[h][2], weights[h][3]);
     }
     // Words of tokens 8 t ... 8 t + 7 and channels 4 g ... 4 g + 3 of each 32.
     const char* codes = tile + value_codes + first_token / 8 * (D * V_BITS);
@@ -596,7 +601,7 @@ struct Decoder {
     for (int b = 0; b < D / 32; ++b) {
 #pragma unroll
       for (int h = 0; h < kHalves; ++h) {
-        const uint4* scales = reinterpret_cast<const uint4*>(prepared + h * kPreparedWords + D / 2) + t;
+        const uint4* scales = reinterpret_cast<const uint4*>(words + h * kScaleWords + D / 2) + t;
         const uint4 scale = scales[4 * (32 * b >> params.log_group_size)];
         const uint32_t folded[4] = {multiply(weights[h][0], scale.x), multiply(weights[h][1], scale.y),
                                     multiply(weights[h][2], scale.z), multiply(weights[h][3], scale.w)};
@@ -633,14 +638,15 @@ struct Decoder {
 
   // After the last tile: sums in the units of P and values, zeros added.
   __device__ void end_tiles() {
-    const float unit = power_of_two(24 - kValueScaleTop + value_exponent - Relative<T>::kBias);
-    const float zero_unit = power_of_two(zero_exponent - Relative<T>::kBias - kValueZeroTop);
+    const int exponents = state().exponents;
+    const float unit = power_of_two(24 - kValueScaleTop + (exponents >> 8 & 0xFF) - Relative<T>::kBias);
+    const float zero_unit = power_of_two((exponents >> 16) - Relative<T>::kBias - kValueZeroTop);
     rescale(unit, unit);
 #pragma unroll
     for (int b = 0; b < D / 32; ++b) {
       const int from = (32 * b >> params.log_group_size) * 4 + t;
-      const float even = __shfl_sync(~0u, zeros[0][0] + zeros[1][2], from) * zero_unit;
-      const float odd = __shfl_sync(~0u, zeros[0][1] + zeros[1][3], from) * zero_unit;
+      const float even = __shfl_sync(~0u, zeros[0], from) * zero_unit;
+      const float odd = __shfl_sync(~0u, zeros[1], from) * zero_unit;
 #pragma unroll
       for (int x = 0; x < 2; ++x) {
         output[2 * b + x][0] += even;
@@ -664,23 +670,24 @@ struct Decoder {
 
   __device__ void attend_tokens(const char* stage, int unit) {
     const Tokens tokens = tokens_of_unit(place.request, unit);
-    float scores[4] = {};  // rows g are tokens; rows g + 8 are not used
+    float scores[2][4] = {};  // rows g are tokens; rows g + 8 are not used
     const uint32_t key = shared_address(stage) + lane % 8 * kTokenStride + lane / 8 * 16;
 #pragma unroll
     for (int i = 0; i < D / 32; ++i) {
       uint32_t a[4];
       ldmatrix(a, key + 64 * i);
-      mma_k16<T>(scores, a[0], 0, a[1], 0, query[4 * i], query[4 * i + 1]);
-      mma_k16<T>(scores, a[2], 0, a[3], 0, query[4 * i + 2], query[4 * i + 3]);
+      const uint4 given = query(i);
+      mma_k16<T>(scores[0], a[0], 0, a[1], 0, given.x, given.y);
+      mma_k16<T>(scores[1], a[2], 0, a[3], 0, given.z, given.w);
     }
-    float probability[1][1][2] = {{{scores[0], scores[1]}}};
-    const float scale = params.attention.scale * kLog2E;
-    float factors[2] = {scale, scale}, start[1][2] = {};
+    float probability[1][1][2] = {{{scores[0][0] + scores[1][0], scores[0][1] + scores[1][1]}}};
+    float factors[2] = {params.scale, params.scale}, start[1][2] = {};
     const int token = tokens.first + g;
 #pragma unroll
     for (int column = 0; column < 2; ++column) {
       if (token >= tokens.end || !visible(token, column, false, tokens.sink)) probability[0][0][column] = -INFINITY;
     }
+    if (params.cap > 0) cap(probability, factors, start);
     take_softmax(probability, factors, start);
     const uint32_t weights =
         movmatrix(pack<T>(probability[0][0][0], probability[0][0][1]));  // tokens 2 t, 2 t + 1, column g

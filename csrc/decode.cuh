@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kBlocksPerMultiprocessor)
   __shared__ float2 extremes[kMaxWarps][2][kColumns];  // of a warp's first and last segment
   __shared__ Segment segments[kMaxWarps][2];
   __shared__ Place places[kMaxWarps];
-  __shared__ int scratch[kMaxWarps + 2];
+  __shared__ int scratch[kMaxWarps];
 
   const AttentionParams& attention = params.attention;
   const Layout& layout = attention.layout;
@@ -72,54 +72,26 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kBlocksPerMultiprocessor)
   const int ratio = params.ratio.value, num_stages = params.num_stages;
   const int warp_bytes = num_stages * params.stage_bytes;
   char* stages = shared + warp * warp_bytes;
-  uint32_t* prepared =
-      reinterpret_cast<uint32_t*>(shared + num_warps * warp_bytes) + warp * (Kernel::kHalves * Kernel::kPreparedWords);
+  uint32_t* words = reinterpret_cast<uint32_t*>(shared + num_warps * warp_bytes) + warp * warp_words(D, K_BITS);
   if (lane < num_stages) mbarrier_init(shared_address(&barriers[warp][lane]));
   fence_before_copies();
 
-  // The line: its length, this block's and this warp's part, and the request that the part begins in.
-  const int num_requests = attention.batch.num_reqs;
-  int length = 0, units = 0, before = 0;
-#pragma unroll 1
-  for (int first = 0; first < num_requests; first += blockDim.x) {
-    int total;
-    units = first + thread < num_requests ? Request(params, first + thread).line() : 0;
-    before = length + block_scan(units, scratch, total);
-    length += total;
+  __shared__ Part block;
+  if (!find_part(params, scratch, block)) return;
+  Place& place = places[warp];
+  if (lane == 0) {
+    place.begin = block.begin + warp * block.size;
+    place.end = min(place.begin + block.size, block.end);
   }
-  const int num_parts = gridDim.x * num_warps;
-  const int part = max((length + num_parts - 1) / num_parts, params.min_units);
-  const int block_part = part * num_warps, block_begin = blockIdx.x * block_part;
-  const int block_end = min(block_begin + block_part, length);
-  if (block_begin >= block_end) return;
-  if (num_requests > blockDim.x) {  // find the chunk of requests again
-    int so_far = 0;
-#pragma unroll 1
-    for (int first = 0; first < num_requests; first += blockDim.x) {
-      int total;
-      units = first + thread < num_requests ? Request(params, first + thread).line() : 0;
-      before = so_far + block_scan(units, scratch, total);
-      so_far += total;
-      if (before <= block_begin && block_begin < before + units) {
-        scratch[kMaxWarps] = first + thread;
-        scratch[kMaxWarps + 1] = before;
-      }
-    }
-  } else if (before <= block_begin && block_begin < before + units) {
-    scratch[kMaxWarps] = thread;
-    scratch[kMaxWarps + 1] = before;
-  }
-  __syncthreads();
-  const int begin = block_begin + warp * part, end = min(begin + part, block_end);
+  __syncwarp();
 
-  if (begin < end) {
-    Place& place = places[warp];
-    Kernel kernel(params, place, stages, shared_address(barriers[warp]), prepared);
+  if (place.begin < place.end) {
+    Kernel kernel(params, place, stages, shared_address(barriers[warp]), words);
     if (lane == 0) {
-      place.request = Request(params, scratch[kMaxWarps]);
-      place.segment.request = scratch[kMaxWarps];
-      place.line = scratch[kMaxWarps + 1];
-      place.to = begin;
+      place.request = Request(params, block.request);
+      place.segment.request = block.request;
+      place.line = block.line;
+      place.to = place.begin;
     }
     do {
       if (lane == 0) {
@@ -128,40 +100,48 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kBlocksPerMultiprocessor)
           place.line += place.request.line();
           place.request = Request(params, ++place.segment.request);
         }
-        place.segment.item = (place.from - place.line) / place.request.num_units;
-        place.segment.item_begin = place.line + place.segment.item * place.request.num_units;
-        place.segment.item_end = place.segment.item_begin + place.request.num_units;
-        place.to = min(place.segment.item_end, end);
+        const int item_units = place.request.item_units();
+        place.segment.item = (place.from - place.line) / item_units;
+        place.segment.item_begin = place.line + place.segment.item * item_units;
+        place.segment.item_end = place.segment.item_begin + item_units;
+        place.to = min(place.segment.item_end, place.end);
         place.head = place.segment.item % layout.num_kv_heads;
       }
       __syncwarp();
 
-      int unit = place.from - place.segment.item_begin, next = unit;
-      const int last = place.to - place.segment.item_begin;
+      const int first_unit = place.segment.item_begin + kStartUnits;
+      int unit = max(place.from - first_unit, 0);
+      const int last = max(place.to - first_unit, 0);
       uint32_t codes[D / 8];
       kernel.begin_request();
+      fence_before_copies();
       kernel.load_query(ratio, codes);
       kernel.find_sources(unit);
-      for (int stage = 0; stage < num_stages && next < last; ++stage) kernel.start_copy(next++, stage);
+      for (int i = 0; i < num_stages && unit + i < last; ++i) kernel.start_copy(unit + i, i);
       kernel.begin_segment(codes);
       int stage = 0;
-      const int end_of_tiles = min(last, kernel.num_tile_units);
-      for (; unit < end_of_tiles; ++unit) {
-        kernel.attend_tiles(kernel.wait(stage), unit);
-        if (next < last) kernel.start_copy(next++, stage);
-        stage = stage + 1 == num_stages ? 0 : stage + 1;
-      }
-      kernel.end_tiles();
-      for (; unit < last; ++unit) {
-        kernel.attend_tokens(kernel.wait(stage), unit);
-        __syncwarp();
-        if (next < last) kernel.start_copy(next++, stage);
-        stage = stage + 1 == num_stages ? 0 : stage + 1;
+#pragma unroll 1
+      for (bool tokens = false;; tokens = true) {
+        const int stop = tokens ? last : min(last, kernel.num_tile_units);
+#pragma unroll 1
+        for (; unit < stop; ++unit) {
+          const char* data = kernel.wait(stage);
+          if (tokens) {
+            kernel.attend_tokens(data, unit);
+          } else {
+            kernel.attend_tiles(data, unit);
+          }
+          __syncwarp();
+          if (unit + num_stages < last) kernel.start_copy(unit + num_stages, stage);
+          stage = stage + 1 == num_stages ? 0 : stage + 1;
+        }
+        if (tokens) break;
+        kernel.end_tiles();
       }
       kernel.finish_sums();
 
-      const bool is_last = place.to == end;
-      const bool is_whole = place.segment.item_begin >= begin && place.segment.item_end <= end;
+      const bool is_last = place.to == place.end;
+      const bool is_whole = place.segment.item_begin >= place.begin && place.segment.item_end <= place.end;
       // All stages are free.
       float4* sums = is_last || is_whole ? reinterpret_cast<float4*>(stages)
                                          : params.first_sums + (blockIdx.x * num_warps + warp) * kElements;
@@ -172,28 +152,27 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kBlocksPerMultiprocessor)
       if (is_whole) {  // a lane reads what it wrote
 #pragma unroll 1
         for (int i = lane; i < kElements; i += 32) write_output<T>(params, place.segment, i, sums[i], kernel.sum);
-        fence_before_copies();
       }
       if (lane < 4 && !is_whole) {
         extremes[warp][is_last][2 * lane] = {kernel.maximum[0], kernel.sum[0]};
         extremes[warp][is_last][2 * lane + 1] = {kernel.maximum[1], kernel.sum[1]};
       }
       if (lane == 0) {
-        if (place.from == begin) segments[warp][0] = place.segment;
+        if (place.from == place.begin) segments[warp][0] = place.segment;
         segments[warp][1] = place.segment;
       }
       __syncwarp();
-    } while (place.to < end);
+    } while (place.to < place.end);
   }
   __syncthreads();
 
   // Items that no warp had whole: the one that the block begins in, and those that begin in warp w and go on after it.
   // The first one comes last, since it may have to wait for blocks before this one; nobody waits for a later block.
-  const int column = 2 * (lane % 4);
+  const int column = 2 * (lane % 4), size = block.size, block_begin = block.begin, block_end = block.end;
 #pragma unroll 1
   for (int candidate = num_warps; candidate >= 0; --candidate) {
-    const int w = max(candidate - 1, 0), warp_begin = block_begin + w * part,
-              warp_end = min(warp_begin + part, block_end);
+    const int w = max(candidate - 1, 0), warp_begin = block_begin + w * size,
+              warp_end = min(warp_begin + size, block_end);
     if (warp_begin >= block_end) continue;
     const Segment segment = segments[w][candidate > 0];
     if (candidate > 0 && segment.item_begin < warp_begin + (w == 0)) continue;       // of an earlier candidate
@@ -206,9 +185,9 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kBlocksPerMultiprocessor)
 #pragma unroll
     for (int v = 0; v < kMaxWarps; ++v) {
       from[v] = nullptr;
-      const int begin_v = block_begin + v * part;
+      const int begin_v = block_begin + v * size;
       if (v < w || begin_v >= min(segment.item_end, block_end)) continue;
-      const bool is_last = segment.item_end >= min(begin_v + part, block_end);
+      const bool is_last = segment.item_end >= min(begin_v + size, block_end);
       from[v] = is_last ? reinterpret_cast<const float4*>(shared + v * warp_bytes)
                         : params.first_sums + (blockIdx.x * num_warps + v) * kElements;
 #pragma unroll
@@ -227,7 +206,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kBlocksPerMultiprocessor)
       }
     }
 
-    const int first_block = begins_here ? blockIdx.x : segment.item_begin / block_part;
+    const int first_block = begins_here ? blockIdx.x : segment.item_begin / (size * num_warps);
     if (ends_here && !begins_here) {
       if (thread == 0) {
         while (load_acquire(&params.num_partial[blockIdx.x]) < int(blockIdx.x) - first_block) {
@@ -236,7 +215,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kBlocksPerMultiprocessor)
       }
       __syncthreads();
     }
-#pragma unroll 2
+#pragma unroll 1
     for (int i = thread; i < kElements; i += blockDim.x) {
       float4 sums = {};
 #pragma unroll
@@ -275,7 +254,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kBlocksPerMultiprocessor)
       __syncthreads();
       if (thread == 0) {
         __threadfence();
-        atomicAdd(&params.num_partial[(segment.item_end - 1) / block_part], 1);
+        atomicAdd(&params.num_partial[(segment.item_end - 1) / (size * num_warps)], 1);
       }
     }
   }

@@ -95,8 +95,8 @@ __device__ inline int load_acquire(const int* from) {
 }
 
 // ---------------------------------------------------------------------------------------------------- asynchronous
-// Copies global -> shared memory that complete on an mbarrier. Since sm_90 a lane copies a run of any length: one calls
-// expect_bytes before; else all lanes call copy16, and end_copies after.
+// Copies global -> shared memory that complete on an mbarrier. Since sm_90 a lane can copy a run of any length, after
+// one has called expect_bytes; or all lanes call copy16, and then end_copies.
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 constexpr bool kBulkCopies = true;
@@ -105,7 +105,7 @@ constexpr bool kBulkCopies = false;
 #endif
 
 __device__ inline void mbarrier_init(uint32_t barrier) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(kBulkCopies ? 1 : 32) : "memory");
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(1) : "memory");
 }
 
 __device__ inline void expect_bytes(uint32_t barrier, uint32_t bytes) {
@@ -123,9 +123,10 @@ __device__ inline void copy16(uint32_t to, const char* from) {
 }
 
 __device__ inline void end_copies(uint32_t barrier) {
-  if constexpr (!kBulkCopies) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
-  }
+  // What is to arrive is counted first, then arrives when the lane's copies do; the last arrival is this instruction's.
+  asm volatile("cp.async.mbarrier.arrive.shared.b64 [%0];" ::"r"(barrier) : "memory");
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
 __device__ inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {

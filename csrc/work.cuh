@@ -6,11 +6,23 @@
 namespace kivi::cuda {
 
 constexpr int kColumns = 8;
-constexpr int kRunTokens = 8;    // of a unit in full precision
-constexpr int kTileTokens = 64;  // of a unit of tiles, or more if a tile has more
-constexpr int kHalfTokens = 32;  // tokens of a tile that one step of products takes
+constexpr int kLogRunTokens = 3, kRunTokens = 1 << kLogRunTokens;  // of a unit in full precision
+constexpr int kHalfTokens = 32;                                    // tokens of a tile that one step of products takes
+constexpr int kStartUnits = 2;  // so many units take as long as to begin with an item
 constexpr int kMaxWarps = 4;
 constexpr int kBlocksPerMultiprocessor = 2;  // by registers
+
+// Halves that are attended at once, by registers.
+__host__ __device__ constexpr int halves_at_once(int head_dim, int k_bits) {
+  return head_dim <= 128 && k_bits < 8 ? 2 : 1;
+}
+
+// 32-bit words of shared memory of a warp besides its stages: scales and zeros of a step as half2, the query as
+// operands, and four for each lane.
+__host__ __device__ constexpr int scale_words(int head_dim) { return 3 * head_dim / 2; }  // of a half
+__host__ __device__ constexpr int warp_words(int head_dim, int k_bits) {
+  return halves_at_once(head_dim, k_bits) * scale_words(head_dim) + kColumns * head_dim / 2 + 32 * 4;
+}
 
 // What P is multiplied by, and by how much a score may exceed the maximum, as exponents of 2. With the tops of
 // Relative: P * value scale < 2^(6 + 3 + 6) and Q * key scale < 2^(6 + 9), within fp16.
@@ -31,8 +43,11 @@ struct Divisor {
 struct DecodeParams {
   AttentionParams attention;
   Divisor page_tiles, full_page_tokens, ratio;
+  float scale;             // of scores as exponents of 2
+  float cap, cap_inverse;  // of such scores, 0 is off; 2 log2(e) / cap
   int32_t log_group_size;
   int32_t log_unit_tiles;  // tiles of a unit
+  int32_t first_plain;     // unit of tiles without sinks
   int32_t min_units;       // of a warp's part
   int32_t num_stages;
   int32_t stage_bytes;
@@ -74,7 +89,9 @@ struct Request {
     if (num_rows == 0) num_units = num_items = 0;
   }
 
-  __device__ int line() const { return num_units * num_items; }
+  // Of the line: an item's units, and what a warp does before them.
+  __device__ int item_units() const { return num_units > 0 ? num_units + kStartUnits : 0; }
+  __device__ int line() const { return item_units() * num_items; }
 };
 
 // A part of an item that a warp attended.
@@ -88,8 +105,16 @@ struct Place {
   Request request;
   Segment segment;
   int head;
-  int line;      // where the request begins
-  int from, to;  // the part of the item
+  int line;        // where the request begins
+  int begin, end;  // the warp's part of the line
+  int from, to;    // the part of the item
+};
+
+// Of the line: what a block has.
+struct Part {
+  int size;  // of a warp's part
+  int begin, end;
+  int request, line;  // the one that it begins in, and where that begins
 };
 
 struct Tokens {
@@ -126,6 +151,38 @@ __device__ inline int block_scan(int value, int* scratch, int& total) {
     total += scratch[i];
   }
   return before + sum - value;
+}
+
+// Cuts the line into equal parts, all threads at once. False if nothing is left for this block.
+__device__ inline bool find_part(const DecodeParams& params, int* scratch, Part& part) {
+  const int thread = threadIdx.x, num_requests = params.attention.batch.num_reqs;
+  int length = 0, units = 0, before = 0;
+#pragma unroll 1
+  for (int first = 0; first < num_requests; first += blockDim.x) {
+    int total;
+    units = first + thread < num_requests ? Request(params, first + thread).line() : 0;
+    before = length + block_scan(units, scratch, total);
+    length += total;
+  }
+  const int num_warps = blockDim.x / 32, num_parts = gridDim.x * num_warps;
+  const int size = max((length + num_parts - 1) / num_parts, params.min_units), begin = blockIdx.x * size * num_warps;
+  if (begin >= length) return false;
+  const int end = min(begin + size * num_warps, length);
+  int first = 0;
+  if (num_requests > blockDim.x) {  // find the chunk of requests again
+    length = 0;
+#pragma unroll 1
+    for (;; first += blockDim.x) {
+      int total;
+      units = first + thread < num_requests ? Request(params, first + thread).line() : 0;
+      before = length + block_scan(units, scratch, total);
+      length += total;
+      if (begin < length) break;
+    }
+  }
+  if (before <= begin && begin < before + units) part = {size, begin, end, first + thread, before};
+  __syncthreads();
+  return true;
 }
 
 }  // namespace kivi::cuda

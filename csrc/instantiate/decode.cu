@@ -15,7 +15,7 @@ namespace {
 
 constexpr int kMinUnits = 3;  // of a warp: fewer are not worth a merge
 constexpr int kMaxStages = 4;
-constexpr int kReserved = 2048;  // of shared memory: what the kernel and the driver take per block
+constexpr int kReserved = 2560;  // of shared memory: what the kernel and the driver take per block
 
 struct Device {
   int num_multiprocessors = 0, shared_bytes = 0, max_block_shared_bytes = 0;
@@ -45,22 +45,23 @@ struct Plan {
 };
 
 int log_unit_tiles(const Layout& layout) {
-  return std::countr_zero(std::max(1u, unsigned(kTileTokens / layout.group_size)));
+  const int tokens = kHalfTokens * halves_at_once(layout.head_dim, layout.k_bits);
+  return std::countr_zero(static_cast<unsigned>(std::max(tokens / layout.group_size, 1)));
 }
 
 // Enough bytes in flight for the memory: many warps first, then stages.
 Plan make_plan(const Layout& layout, const Device& device) {
   constexpr struct {
     int blocks, warps, stages;
-  } kWishes[] = {{2, 4, 3}, {2, 4, 2}, {1, 4, 2}, {1, 2, 2}, {1, 1, 1}};
+  } kWishes[] = {{2, 4, 2}, {1, 4, 2}, {1, 2, 2}, {1, 1, 1}};
   const int unit_bytes = layout.full_precision ? 0 : layout.tile_bytes << log_unit_tiles(layout);
-  const int prepared_bytes = 6 * layout.head_dim * (layout.head_dim <= 128 ? 2 : 1);
+  const int words_bytes = 4 * warp_words(layout.head_dim, layout.k_bits);
   const int stage_bytes = std::max(unit_bytes, kRunTokens * (4 * layout.head_dim + 16));
   for (const auto& wish : kWishes) {
     const int available = std::min(device.shared_bytes / wish.blocks, device.max_block_shared_bytes) - kReserved;
-    const int stages = std::min((available / wish.warps - prepared_bytes) / stage_bytes, kMaxStages);
+    const int stages = std::min((available / wish.warps - words_bytes) / stage_bytes, kMaxStages);
     if (stages >= wish.stages) {
-      return {wish.blocks, wish.warps, stages, stage_bytes, wish.warps * (stages * stage_bytes + prepared_bytes)};
+      return {wish.blocks, wish.warps, stages, stage_bytes, wish.warps * (stages * stage_bytes + words_bytes)};
     }
   }
   return {};
@@ -117,7 +118,14 @@ const char* decode(const AttentionParams& attention, Stream stream) {
   params.full_page_tokens = Divisor(layout.full_page_tokens);
   params.ratio = Divisor(attention.num_heads / layout.num_kv_heads);
   params.log_group_size = std::countr_zero(static_cast<unsigned>(layout.group_size));
+  constexpr float kLog2E = 1.4426950408889634f;
+  params.scale = attention.scale * kLog2E;
+  if (attention.logits_soft_cap > 0) {
+    params.cap = attention.logits_soft_cap * kLog2E;
+    params.cap_inverse = 2 * kLog2E / params.cap;
+  }
   params.log_unit_tiles = log_unit_tiles(layout);
+  params.first_plain = layout.sink_tokens % layout.group_size != 0;
   params.min_units = kMinUnits;
   params.num_stages = plan.num_stages;
   params.stage_bytes = plan.stage_bytes;

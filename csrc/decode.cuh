@@ -64,7 +64,6 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kBlocksPerMultiprocessor)
   __shared__ float2 extremes[kMaxWarps][2][kColumns];  // of a warp's first and last segment
   __shared__ Segment segments[kMaxWarps][2];
   __shared__ Place places[kMaxWarps];
-  __shared__ int scratch[kMaxWarps];
 
   const AttentionParams& attention = params.attention;
   const Layout& layout = attention.layout;
@@ -76,48 +75,35 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kBlocksPerMultiprocessor)
   if (lane < num_stages) mbarrier_init(shared_address(&barriers[warp][lane]));
   fence_before_copies();
 
-  __shared__ Part block;
-  if (!find_part(params, scratch, block)) return;
   Place& place = places[warp];
-  if (lane == 0) {
-    place.begin = block.begin + warp * block.size;
-    place.end = min(place.begin + block.size, block.end);
-  }
-  __syncwarp();
+  if (!find_place(params, place)) return;
 
   if (place.begin < place.end) {
     Kernel kernel(params, place, stages, shared_address(barriers[warp]), words);
-    if (lane == 0) {
-      place.request = Request(params, block.request);
-      place.segment.request = block.request;
-      place.line = block.line;
-      place.to = place.begin;
-    }
     do {
       if (lane == 0) {
         place.from = place.to;
-        while (place.from >= place.line + place.request.line()) {
-          place.line += place.request.line();
+        while (place.from >= place.line + place.request.line(place.cut)) {
+          place.line += place.request.line(place.cut);
           place.request = Request(params, ++place.segment.request);
         }
-        const int item_units = place.request.item_units();
-        place.segment.item = (place.from - place.line) / item_units;
-        place.segment.item_begin = place.line + place.segment.item * item_units;
-        place.segment.item_end = place.segment.item_begin + item_units;
+        const int item_line = place.request.item_line(place.cut);
+        place.segment.item = (place.from - place.line) / item_line;
+        place.segment.item_begin = place.line + place.segment.item * item_line;
+        place.segment.item_end = place.segment.item_begin + item_line;
         place.to = min(place.segment.item_end, place.end);
         place.head = place.segment.item % layout.num_kv_heads;
       }
       __syncwarp();
 
-      const int first_unit = place.segment.item_begin + kStartUnits;
-      int unit = max(place.from - first_unit, 0);
-      const int last = max(place.to - first_unit, 0);
+      int unit = place.request.unit_at(place.cut, place.from - place.segment.item_begin);
+      const int last = place.request.unit_at(place.cut, place.to - place.segment.item_begin);
       uint32_t codes[D / 8];
       kernel.begin_request();
       fence_before_copies();
-      kernel.load_query(ratio, codes);
       kernel.find_sources(unit);
       for (int i = 0; i < num_stages && unit + i < last; ++i) kernel.start_copy(unit + i, i);
+      kernel.load_query(ratio, codes);
       kernel.begin_segment(codes);
       int stage = 0;
 #pragma unroll 1
@@ -168,7 +154,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kBlocksPerMultiprocessor)
 
   // Items that no warp had whole: the one that the block begins in, and those that begin in warp w and go on after it.
   // The first one comes last, since it may have to wait for blocks before this one; nobody waits for a later block.
-  const int column = 2 * (lane % 4), size = block.size, block_begin = block.begin, block_end = block.end;
+  const int column = 2 * (lane % 4), size = place.cut.size, block_begin = place.block_begin,
+            block_end = place.block_end;
 #pragma unroll 1
   for (int candidate = num_warps; candidate >= 0; --candidate) {
     const int w = max(candidate - 1, 0), warp_begin = block_begin + w * size,

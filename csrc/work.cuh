@@ -8,7 +8,10 @@ namespace kivi::cuda {
 constexpr int kColumns = 8;
 constexpr int kLogRunTokens = 3, kRunTokens = 1 << kLogRunTokens;  // of a unit in full precision
 constexpr int kHalfTokens = 32;                                    // tokens of a tile that one step of products takes
-constexpr int kStartUnits = 2;  // so many units take as long as to begin with an item
+// Of the line: what takes as long as a unit in full precision.
+constexpr int kTileCost = 2;   // a unit of tiles
+constexpr int kStartCost = 4;  // to begin with an item
+constexpr int kMinCost = 4;    // of a part: less is not worth a merge
 constexpr int kMaxWarps = 4;
 constexpr int kBlocksPerMultiprocessor = 2;  // by registers
 
@@ -48,7 +51,7 @@ struct DecodeParams {
   int32_t log_group_size;
   int32_t log_unit_tiles;  // tiles of a unit
   int32_t first_plain;     // unit of tiles without sinks
-  int32_t min_units;       // of a warp's part
+
   int32_t num_stages;
   int32_t stage_bytes;
   int32_t unit_bytes;    // of tiles
@@ -57,6 +60,12 @@ struct DecodeParams {
   float2* extremes;      // [blocks][8] maximum and sum of its columns
   int32_t* num_partial;  // [blocks] how many blocks have written their part of the item that ends in this one; 0
                          // between launches
+};
+
+// How the line is cut: into parts of `size`, one a warp. An item takes `start` more of it than it costs, rounded up to
+// a multiple: to whole parts, so that items share no part, where that leaves few warps without work.
+struct Cut {
+  int size, start, multiple;
 };
 
 // Rows of a request in the units of this kernel.
@@ -89,9 +98,20 @@ struct Request {
     if (num_rows == 0) num_units = num_items = 0;
   }
 
-  // Of the line: an item's units, and what a warp does before them.
-  __device__ int item_units() const { return num_units > 0 ? num_units + kStartUnits : 0; }
-  __device__ int line() const { return item_units() * num_items; }
+  __device__ int cost() const { return num_units + (kTileCost - 1) * num_tile_units; }  // of an item
+
+  // Of an item, and of all.
+  __device__ int item_line(const Cut& cut) const {
+    return unsigned(cost() + cut.start + cut.multiple - 1) / cut.multiple * cut.multiple;
+  }
+  __device__ int line(const Cut& cut) const { return num_items == 0 ? 0 : item_line(cut) * num_items; }
+
+  // The first unit of an item that does not begin before this place of it.
+  __device__ int unit_at(const Cut& cut, int place) const {
+    const int cost = max(place - cut.start, 0);
+    return cost < kTileCost * num_tile_units ? unsigned(cost + kTileCost - 1) / kTileCost
+                                             : min(cost - (kTileCost - 1) * num_tile_units, num_units);
+  }
 };
 
 // A part of an item that a warp attended.
@@ -105,16 +125,10 @@ struct Place {
   Request request;
   Segment segment;
   int head;
-  int line;        // where the request begins
-  int begin, end;  // the warp's part of the line
-  int from, to;    // the part of the item
-};
-
-// Of the line: what a block has.
-struct Part {
-  int size;  // of a warp's part
-  int begin, end;
-  int request, line;  // the one that it begins in, and where that begins
+  int line;  // where the request begins
+  Cut cut;
+  int begin, end, block_begin, block_end;  // the warp's part of the line, and the block's
+  int from, to;                            // the part of the item
 };
 
 struct Tokens {
@@ -131,57 +145,67 @@ __device__ inline Tokens tokens_of_unit(const Request& request, int unit) {
   return {first, min(first + kRunTokens, request.num_tokens), false};
 }
 
-// Sums over all threads of the block; `scratch` is [kMaxWarps]. Ends with a barrier on entry of the next call.
-__device__ inline int block_scan(int value, int* scratch, int& total) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, num_warps = blockDim.x / 32;
-  int sum = value;
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const int below = __shfl_up_sync(~0u, sum, step);
-    if (lane >= step) sum += below;
-  }
-  __syncthreads();
-  if (lane == 31) scratch[warp] = sum;
-  __syncthreads();
-  int before = 0;
-  total = 0;
-#pragma unroll 1
-  for (int i = 0; i < num_warps; ++i) {
-    before += i < warp ? scratch[i] : 0;
-    total += scratch[i];
-  }
-  return before + sum - value;
-}
+constexpr int kCuts = 4;  // that are tried
 
-// Cuts the line into equal parts, all threads at once. False if nothing is left for this block.
-__device__ inline bool find_part(const DecodeParams& params, int* scratch, Part& part) {
-  const int thread = threadIdx.x, num_requests = params.attention.batch.num_reqs;
-  int length = 0, units = 0, before = 0;
+// Cuts the line and finds where this warp begins. Each warp does so on its own, without a barrier. False if nothing is
+// left for the block.
+__device__ inline bool find_place(const DecodeParams& params, Place& place) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, num_warps = blockDim.x / 32;
+  const int num_parts = gridDim.x * num_warps, num_requests = params.attention.batch.num_reqs;
+  const int requests_of_lane = unsigned(num_requests + 31) / 32;
+  const int first = lane * requests_of_lane, stop = min(first + requests_of_lane, num_requests);
+  const Request own(params, min(first, num_requests - 1));
+  const auto sum = [&](auto function) {  // over this lane's requests
+    int value = first < stop ? function(own) : 0;
 #pragma unroll 1
-  for (int first = 0; first < num_requests; first += blockDim.x) {
-    int total;
-    units = first + thread < num_requests ? Request(params, first + thread).line() : 0;
-    before = length + block_scan(units, scratch, total);
-    length += total;
-  }
-  const int num_warps = blockDim.x / 32, num_parts = gridDim.x * num_warps;
-  const int size = max((length + num_parts - 1) / num_parts, params.min_units), begin = blockIdx.x * size * num_warps;
-  if (begin >= length) return false;
-  const int end = min(begin + size * num_warps, length);
-  int first = 0;
-  if (num_requests > blockDim.x) {  // find the chunk of requests again
-    length = 0;
+    for (int i = first + 1; i < stop; ++i) value += function(Request(params, i));
+    return value;
+  };
+  const auto share = [&](int length) { return max(unsigned(length + num_parts - 1) / num_parts, kMinCost); };
+
+  const int least =
+      share(__reduce_add_sync(~0u, sum([](const Request& request) { return request.cost() * request.num_items; })));
+  Cut cut = {0, kStartCost, 1};
 #pragma unroll 1
-    for (;; first += blockDim.x) {
-      int total;
-      units = first + thread < num_requests ? Request(params, first + thread).line() : 0;
-      before = length + block_scan(units, scratch, total);
-      length += total;
-      if (begin < length) break;
+  for (int i = 0; i < kCuts; ++i) {
+    const unsigned size = least + i * max(least / 32, 1);
+    const int parts =
+        sum([&](const Request& request) { return (request.cost() + size - 1) / size * request.num_items; });
+    if (__reduce_add_sync(~0u, parts) <= num_parts) {
+      cut = {int(size), 0, int(size)};
+      break;
     }
   }
-  if (before <= begin && begin < before + units) part = {size, begin, end, first + thread, before};
-  __syncthreads();
+  const int length = sum([&](const Request& request) { return request.line(cut); });
+  int line = length;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const int below = __shfl_up_sync(~0u, line, step);
+    if (lane >= step) line += below;
+  }
+  const int end = __shfl_sync(~0u, line, 31);
+  line -= length;
+  if (cut.size == 0) cut.size = share(end);
+
+  const int block_begin = blockIdx.x * cut.size * num_warps, begin = block_begin + warp * cut.size;
+  if (block_begin >= end) return false;
+  if (line <= begin && begin < line + length) {
+    place.request = own;
+    place.segment.request = first;
+    while (begin >= line + place.request.line(cut)) {
+      line += place.request.line(cut);
+      place.request = Request(params, ++place.segment.request);
+    }
+    place.line = line;
+  }
+  if (lane == 0) {
+    place.cut = cut;
+    place.begin = place.to = begin;
+    place.end = min(begin + cut.size, end);
+    place.block_begin = block_begin;
+    place.block_end = min(block_begin + cut.size * num_warps, end);
+  }
+  __syncwarp();
   return true;
 }
 

@@ -13,7 +13,6 @@ const void* decode_kernel_for(int k_bits, int v_bits);  // in the other files of
 
 namespace {
 
-constexpr int kMinUnits = 3;  // of a warp: fewer are not worth a merge
 constexpr int kMaxStages = 4;
 constexpr int kReserved = 2560;  // of shared memory: what the kernel and the driver take per block
 
@@ -126,7 +125,6 @@ const char* decode(const AttentionParams& attention, Stream stream) {
   }
   params.log_unit_tiles = log_unit_tiles(layout);
   params.first_plain = layout.sink_tokens % layout.group_size != 0;
-  params.min_units = kMinUnits;
   params.num_stages = plan.num_stages;
   params.stage_bytes = plan.stage_bytes;
   params.unit_bytes = layout.tile_bytes << params.log_unit_tiles;

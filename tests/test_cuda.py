@@ -1,4 +1,5 @@
-"""The CUDA kernels store and gather against the reference, which runs on the CPU on copies of the same bytes.
+"""The CUDA ops as torch sees them, and store and gather against the reference, which runs on the CPU on copies of the
+same bytes.
 
 store byte for byte over both whole pools: what is not owned stays poison. gather to the rounding of the model's dtype.
 """
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from conftest import POISON, Pool, filled_pool, int32, starts, tokens
+from conftest import POISON, Pool, check_op, filled_pool, int32, op_arguments, starts, tokens
 from test_store import make_hostile, random_case
 from torch import Tensor
 
@@ -45,6 +46,15 @@ def store_both(
     layout, batch = pool.fmt.layout(), (starts(rows), int32(seq_lens))
     reference.store(key, value, *expected.pages(), *batch, layout)
     ops.store(*on_device(key, value), *pool.pages(), *on_device(*batch), layout)
+
+
+@pytest.mark.parametrize("name", ["store", "decode", "gather"])
+def test_opcheck(name: str) -> None:
+    fmt = KVFormat("kivi2", 64, num_kv_heads=2, dtype="bfloat16", residual_length=32)
+    _, given = op_arguments(fmt)
+    given |= {"start_loc": given["query_start_loc"], "first": int32([0, 0]), "boundary": int32([32, 0])}
+    given = {key: value.to(DEVICE) if isinstance(value, Tensor) else value for key, value in given.items()}
+    check_op(name, given | {"workspace": ops.decode_workspace(fmt.layout(), torch.device(DEVICE))})
 
 
 @pytest.mark.parametrize("seed", range(10))

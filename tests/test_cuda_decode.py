@@ -181,6 +181,23 @@ def test_unused_bytes_are_not_read() -> None:
     assert torch.equal(decode(pool, query, [1, 1]), expected)
 
 
+def test_sinks_are_not_read_quantized() -> None:
+    """Of sinks, tile 0 may hold anything that store writes: codes, and the scales and zeros of values."""
+    fmt = KVFormat("kivi2", 64, num_kv_heads=2, dtype="bfloat16", residual_length=32, sink_tokens=4)
+    pool, keys, values = filled_pool(fmt, [150])
+    outputs, tiles = [], []
+    for other in (4, 8):  # the sinks as other tokens of their group, which leaves the scales of keys as they are
+        quantized = Pool(fmt, [150])
+        for x in (*keys, *values):
+            x[:4] = x[other : other + 4]
+        ops.store(keys[0], values[0], *quantized.pages(), starts([150]), int32([150]), fmt.layout())
+        quantized.full = pool.full
+        tiles.append(quantized.quantized[quantized.quantized_table[0, 0]])
+        outputs.append(check(quantized, queries(fmt, 1, 3), [1]))
+    assert not torch.equal(*tiles)
+    assert torch.equal(*outputs)
+
+
 def test_padding_rows_and_idle_requests() -> None:
     fmt = KVFormat("kivi2", 64, num_kv_heads=1, dtype="bfloat16")
     pool, _, _ = filled_pool(fmt, [50, 0, 70])
@@ -219,11 +236,3 @@ def test_graph_replay_with_other_lengths() -> None:
         shorter.seq_lens = now
         rows = int(kept.sum())  # those without tokens come last
         assert_exact(shorter, query[:rows].cpu(), kept.int().tolist(), output[:rows].cpu())
-
-
-def test_refusals() -> None:
-    """What is not compiled says so."""
-    fmt = KVFormat("kivi2", 80, num_kv_heads=1, dtype="bfloat16")
-    pool, _, _ = filled_pool(fmt, [40])
-    with pytest.raises(RuntimeError, match="head sizes: 64 128 256"):
-        decode(pool, queries(fmt, 1, 1), [1])

@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parent.parent / "vllm_kivi"
 RANKS = (
     {"vllm_kivi"},
     {"format"},
-    {"options", "reference"},
+    {"options", "reference", "triton_ops"},
     {"ops"},
     {"compat"},
     {"backend"},

@@ -9,35 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Pool, filled_pool, int32, starts
+from conftest import Pool, check_op, int32, op_arguments
 
 from vllm_kivi import ops
 from vllm_kivi.backend import heuristics
-from vllm_kivi.format import LAYOUT_FIELDS, PRESETS, KVFormat
+from vllm_kivi.format import HEAD_DIMS, LAYOUT_FIELDS, PRESETS, KVFormat
 
 FMT = KVFormat("kivi2", 64, num_kv_heads=2, dtype="bfloat16", residual_length=32)
 
 
 def arguments() -> tuple[Pool, dict[str, Any]]:
-    pool, keys, values = filled_pool(FMT, [70, 40])
-    query = torch.randn(110, 6, 64).bfloat16()
-    return pool, {
-        "key": torch.cat(keys),
-        "value": torch.cat(values),
-        "output": torch.empty_like(query),
-        "query": query,
-        "quantized_pages": pool.quantized,
-        "full_pages": pool.full,
-        "quantized_block_table": pool.quantized_table,
-        "full_block_table": pool.full_table,
-        "query_start_loc": starts([70, 40]),
-        "seq_lens": int32([70, 40]),
-        "num_prompt_tokens": int32([70, 40]),
-        "scale": 0.125,
-        "logits_soft_cap": 0.0,
-        "layout": FMT.layout(),
-        "workspace": None,
-    }
+    return op_arguments(FMT)
 
 
 def call(name: str, given: dict[str, Any]) -> None:
@@ -48,9 +30,7 @@ def call(name: str, given: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", ["store", "decode", "prefill"])
 def test_opcheck(name: str) -> None:
     """Schema (what is written to), fake implementation, and what torch.compile needs."""
-    _, given = arguments()
-    op = getattr(ops.load_extension(), name).default
-    torch.library.opcheck(op, tuple(given[argument.name] for argument in op._schema.arguments))
+    check_op(name, arguments()[1])
 
 
 @pytest.mark.parametrize("name", ["store", "decode", "prefill"])
@@ -121,21 +101,86 @@ def test_layout_fields_match() -> None:
 
 
 def test_what_is_compiled_for_cuda_is_what_python_says() -> None:
-    """csrc/variants.inc is the list; the backend and the presets must not promise more or less."""
+    """csrc/variants.inc is the list; Triton serves the head sizes that it lacks."""
     text = (Path(__file__).parent.parent / "csrc" / "variants.inc").read_text()
     lines = {name: re.findall(r"DO\((.*?)\)", rest) for name, rest in re.findall(r"KIVI_CUDA_(\w+)(.*)", text)}
-    assert tuple(int(item.split(",")[0]) for item in lines["HEAD_DIMS"]) == heuristics.CUDA_HEAD_DIMS
+    assert {int(item.split(",")[0]) for item in lines["HEAD_DIMS"]} <= set(HEAD_DIMS)
     bits = {tuple(int(number) for number in item.split(",")[:2]) for item in lines["BITS"]}
     assert bits == set(PRESETS.values())
     dtypes = re.findall(r"DO\(k(\w+),", text)
     assert tuple(name.lower() for name in dtypes) == heuristics.CUDA_DTYPES
 
 
-def test_a_build_without_cuda_says_so() -> None:
-    if torch._C._dispatch_has_kernel_for_dispatch_key("vllm_kivi::decode", "CUDA"):
-        pytest.skip("this build has CUDA kernels")
-    with pytest.raises(ImportError, match=r"no CUDA kernels.*FORCE_CUDA=1"):
-        ops.decode_workspace(FMT.layout(), torch.device("cuda"))
+@pytest.fixture
+def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What ops warns of. vLLM keeps its loggers from pytest's."""
+    found: list[str] = []
+    monkeypatch.setattr(ops.logger, "warning", lambda text, *values: found.append(text % values))
+    return found
+
+
+GPU = torch.device("cuda", 0)
+SERVED = ("store", "gather", "decode")
+
+
+@pytest.mark.parametrize("is_built", [True, False])
+def test_triton_serves_a_gpu_without_compiled_kernels(
+    is_built: bool, warnings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    triton_ops = pytest.importorskip("vllm_kivi.triton_ops")
+    if not is_built:
+        monkeypatch.setattr(ops, "load_extension", ops.load_extension.__wrapped__)
+        monkeypatch.setitem(sys.modules, "vllm_kivi._C", None)
+    else:
+        monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *_: False)
+    serving = ops._serving.__wrapped__(GPU, tuple(FMT.layout()))
+    assert all(getattr(serving, name) is getattr(triton_ops, name) for name in (*SERVED, "decode_workspace"))
+    [warning] = warnings
+    why = "no CUDA kernels" if is_built else "does not load"
+    assert re.search(rf"{why}.*Triton serves store, gather and decode on cuda:0.*faster.*FORCE_CUDA=1", warning)
+
+
+def test_triton_serves_what_decode_is_not_compiled_for(warnings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    triton_ops = pytest.importorskip("vllm_kivi.triton_ops")
+    extension = ops.load_extension()
+    monkeypatch.setattr(ops, "_try_compiled", lambda *_: (extension, "", "kivi: head sizes: 64 128 256"))
+    serving = ops._serving.__wrapped__(GPU, tuple(FMT.layout()))
+    assert (serving.store, serving.gather) == (extension.store, extension.gather)
+    assert (serving.decode, serving.decode_workspace) == (triton_ops.decode, triton_ops.decode_workspace)
+    assert re.search(r"head sizes: 64 128 256: Triton serves decode on.*variants\.inc", warnings[0])
+
+
+def test_compiled_kernels_serve_without_a_warning(warnings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    extension = ops.load_extension()
+    monkeypatch.setattr(ops, "_try_compiled", lambda *_: (extension, "", ""))
+    for device in (GPU, torch.device("cpu")):
+        serving = ops._serving.__wrapped__(device, tuple(FMT.layout()))
+        assert all(getattr(serving, name) is getattr(extension, name) for name in SERVED)
+    assert not warnings
+
+
+def test_nothing_serves_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "_try_compiled", lambda *_: (None, "kivi: nothing", "kivi: nothing"))
+    monkeypatch.setitem(sys.modules, "vllm_kivi.triton_ops", None)
+    with pytest.raises(ImportError, match=r"nothing; Triton.*does not load.*FORCE_CUDA=1"):
+        ops._serving.__wrapped__(GPU, tuple(FMT.layout()))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("full_precision", [False, True])
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "fails"),
+    [
+        (64, "bfloat16", ""),
+        (256, "float16", ""),
+        (80, "bfloat16", "head sizes: 64 128 256"),
+        (64, "float32", "dtypes:"),
+    ],
+)
+def test_the_extension_is_asked_to_run(head_dim: int, dtype: str, fails: str, full_precision: bool) -> None:
+    fmt = KVFormat("kivi2", head_dim, num_kv_heads=2, dtype=dtype, full_precision=full_precision)
+    _, store_fails, decode_fails = ops._try_compiled(GPU, tuple(fmt.layout()))
+    assert store_fails == "" and fails in decode_fails and bool(fails) == bool(decode_fails)
 
 
 def test_another_layout_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

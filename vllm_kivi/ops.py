@@ -1,6 +1,7 @@
-"""torch.ops.vllm_kivi: what the compiled extension does, as typed functions. No arithmetic here.
+"""What the kernels do, as typed functions: the compiled extension, or Triton on a GPU that it has no code for.
 
-The extension (csrc/, built by setup.py) is loaded at the first call, so importing this module costs nothing.
+The extension (csrc/, built by setup.py) is loaded at the first call, so importing this module costs nothing. Which of
+the two serves a layout on a GPU is decided at the first call too, by asking the extension to run there (`_serving`).
 
 Arguments that the three ops share:
     key, value: [num_tokens, num_kv_heads, head_dim] in the model's dtype: float32, bfloat16 or float16.
@@ -15,20 +16,29 @@ Arguments that the three ops share:
     layout: KVFormat.layout().
 All tensors of a call are on one device. On CUDA nothing is allocated and nothing waits for the device, so calls can be
 captured in CUDA graphs, and what tensors hold is not checked.
-All raise RuntimeError when a tensor does not fit the layout, or when nothing is compiled for its dtype or head size.
+All raise RuntimeError when a tensor does not fit the layout, and ImportError where nothing can run.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Sequence
-from typing import Any
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vllm_kivi.format import LAYOUT_FIELDS
+
+# Under vLLM's own logger, so that its level and handlers apply.
+logger = logging.getLogger("vllm.kivi")
+
+BUILD = (
+    "build the extension where torch is a CUDA build and nvcc is found, or set FORCE_CUDA=1, with "
+    "`pip install -e . --no-build-isolation` (csrc/variants.inc lists what decode is compiled for)"
+)
 
 
 @functools.cache
@@ -62,6 +72,80 @@ def _nothing(*args: object) -> None:
     return None
 
 
+class _Serving(NamedTuple):
+    """The functions that serve a layout on a device."""
+
+    store: Callable[..., None]
+    gather: Callable[..., None]
+    decode: Callable[..., None]
+    decode_workspace: Callable[[Sequence[int], torch.device], Tensor]
+
+
+@functools.cache
+def _serving(device: torch.device, layout: tuple[int, ...]) -> _Serving:
+    """Compiled code where it runs, else Triton, of which the log then warns once.
+
+    Raises:
+        ImportError: neither loads; says why.
+    """
+    ops, store_fails, decode_fails = _try_compiled(device, layout)
+    if not decode_fails:
+        logger.info("kivi: compiled kernels serve %s", device)
+        return _Serving(ops.store, ops.gather, ops.decode, _compiled_workspace)
+    try:
+        other = importlib.import_module("vllm_kivi.triton_ops")
+    except ImportError as error:
+        raise ImportError(
+            f"{decode_fails}; Triton, which would serve instead, does not load ({error}); {BUILD}"
+        ) from error
+    names = "store, gather and decode" if store_fails else "decode"
+    logger.warning("%s: Triton serves %s on %s. Compiled kernels are faster: %s", decode_fails, names, device, BUILD)
+    serving = _Serving(other.store, other.gather, other.decode, other.decode_workspace)
+    return serving if store_fails else serving._replace(store=ops.store, gather=ops.gather)
+
+
+def _try_compiled(device: torch.device, layout: tuple[int, ...]) -> tuple[Any, str, str]:
+    """The extension's ops, and why its store and its decode cannot serve; empty if they can.
+
+    On a GPU both are launched with a request without rows: whether there is code for the GPU, and for this decode, is
+    known to nobody else.
+    """
+    if device.type != "cuda":
+        return load_extension(), "", ""
+    try:
+        ops = load_extension()
+    except ImportError as error:
+        return None, str(error), str(error)
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("vllm_kivi::decode", "CUDA"):
+        reason = "kivi: the compiled extension has no CUDA kernels"
+        return ops, reason, reason
+    fields = dict(zip(LAYOUT_FIELDS, layout, strict=True))
+    full, head_dim, group_size = fields["full_precision"], fields["head_dim"], fields["group_size"]
+    channel_bytes = (
+        fields["v_codes_offset"] // group_size if full else fields["k_zero_offset"] - fields["k_scale_offset"]
+    )
+    dtype = torch.float32 if channel_bytes == 4 * head_dim else torch.bfloat16
+    rows = torch.zeros(1, fields["num_kv_heads"], head_dim, dtype=dtype, device=device)
+    sizes = fields["page_tokens"] // group_size * fields["tile_bytes"], 2 * fields["full_page_tokens"] * channel_bytes
+    pages = [torch.zeros(1, fields["num_kv_heads"], size, dtype=torch.uint8, device=device) for size in sizes]
+    table, ints = torch.zeros(1, 1, dtype=torch.int32, device=device), torch.zeros(2, dtype=torch.int32, device=device)
+    batch = *pages, table, table, ints, ints
+    try:
+        ops.store(rows, rows, *batch, layout)
+    except RuntimeError as error:
+        return ops, str(error), str(error)
+    try:
+        ops.decode(rows, rows, *batch, 1.0, 0.0, layout, _compiled_workspace(layout, device))
+    except RuntimeError as error:
+        return ops, "", str(error)
+    return ops, "", ""
+
+
+def _compiled_workspace(layout: Sequence[int], device: torch.device) -> Tensor:
+    num_bytes = load_extension().decode_workspace_bytes(layout, device.index or 0)
+    return torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+
+
 def store(
     key: Tensor,
     value: Tensor,
@@ -77,7 +161,7 @@ def store(
 
     Tokens without a full-precision page (null block) are only quantized; groups without a quantized page are skipped.
     """
-    load_extension().store(
+    _serving(key.device, tuple(layout)).store(
         key,
         value,
         quantized_pages,
@@ -109,7 +193,7 @@ def decode(
     The row at position p reads sinks and tokens from boundary(p + 1) on in full precision, the rest quantized.
     On CUDA, `workspace` comes from `decode_workspace` and serves calls that follow each other on one stream.
     """
-    load_extension().decode(
+    _serving(query.device, tuple(layout)).decode(
         output,
         query,
         quantized_pages,
@@ -126,19 +210,12 @@ def decode(
 
 
 def decode_workspace(layout: Sequence[int], device: torch.device) -> Tensor:
-    """What `decode` needs on this CUDA device, a few MiB: uint8, zeroed.
+    """What `decode` needs on this CUDA device for this layout, a few MiB: uint8, zeroed.
 
     Raises:
-        ImportError: the extension was built without CUDA kernels.
+        ImportError: neither the extension nor Triton can serve this device.
     """
-    ops = load_extension()
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("vllm_kivi::decode", "CUDA"):
-        raise ImportError(
-            "kivi: the compiled extension has no CUDA kernels; build it where torch is a CUDA build and nvcc is found, "
-            "or set FORCE_CUDA=1, with `pip install -e . --no-build-isolation`"
-        )
-    num_bytes = ops.decode_workspace_bytes(layout, device.index or 0)
-    return torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+    return _serving(device, tuple(layout)).decode_workspace(layout, device)
 
 
 def prefill(
@@ -197,7 +274,7 @@ def gather(
     Row start_loc[r] + i is token first[r] + i of request r; it is read quantized below boundary[r], sinks apart.
     start_loc: int32 [num_reqs + 1]; first, boundary: int32 [num_reqs].
     """
-    load_extension().gather(
+    _serving(key.device, tuple(layout)).gather(
         key,
         value,
         quantized_pages,

@@ -24,6 +24,7 @@ import torch
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent.parent)]
 from engines import engine, generate, prompt, save_tiny_llama, tokens  # noqa: E402
+from results import Results  # noqa: E402
 
 MODEL = {
     "hidden_size": 1024,
@@ -72,19 +73,15 @@ def distance(outputs: list[Any], wanted: list[Any]) -> tuple[float, str]:
     return mean, f"{mean:.4f} ({positions} tokens)"
 
 
-class Checks:
-    """Runs checks in order, each on engines of its own, and keeps a line for each result."""
+class Checks(Results):
+    """Runs checks in order, each on engines of its own."""
 
     def __init__(self, model: Path, dtype: str) -> None:
+        super().__init__()
         self.model, self.dtype = model, dtype
-        self.lines: list[tuple[str, str, str, bool]] = []
 
     def engine(self, cache: str | None = None, **settings: Any) -> Any:
         return engine(self.model, cache or self.dtype, **(ENGINE | settings))
-
-    def add(self, what: str, found: str, wanted: str, passed: bool) -> None:
-        self.lines.append((what, found, wanted, passed))
-        print(f"{'ok  ' if passed else 'FAIL'} {what}: {found} (wanted: {wanted})", flush=True)
 
     def close(self, what: str, outputs: list[Any], wanted: list[Any], bound: float) -> float:
         mean, found = distance(outputs, wanted)
@@ -173,10 +170,7 @@ def main() -> int:
                 checks.add(name, f"{type(error).__name__}: {error}"[:200], "no error", False)
                 torch.accelerator.empty_cache()
             print(f"---- {name}: {time.perf_counter() - start:.0f} s", flush=True)
-    print("\n| check | found | wanted | |\n|---|---|---|---|")
-    for what, found, wanted, passed in checks.lines:
-        print(f"| {what} | {found} | {wanted} | {'ok' if passed else '**FAIL**'} |")
-    return 0 if all(passed for *_, passed in checks.lines) else 1
+    return checks.finish()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionBackend, AttentionType, MultipleOf
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheLayout
 
-from vllm_kivi.backend.heuristics import check_device, head_dims
+from vllm_kivi.backend.heuristics import check_device
 from vllm_kivi.format import HEAD_DIMS, PRESETS, KVFormat
 from vllm_kivi.options import KiviOptions
 
@@ -137,8 +137,8 @@ def select(config: AttentionSelectorConfig) -> str:
         raise ValueError(f"kivi: --kv-cache-dtype {dtype} does not support MLA or sparse attention; use auto or fp8")
     if config.attn_type != AttentionType.DECODER:
         raise ValueError(f"kivi: --kv-cache-dtype {dtype} supports decoder self-attention, not {config.attn_type}")
-    if config.head_size not in head_dims():
-        accepted = ", ".join(map(str, head_dims()))
+    if config.head_size not in HEAD_DIMS:
+        accepted = ", ".join(map(str, HEAD_DIMS))
         raise ValueError(
             f"kivi: --kv-cache-dtype {dtype} does not support head size {config.head_size}; "
             f"accepted: {accepted}; {skip}"
@@ -177,8 +177,8 @@ def check_config(vllm_config: VllmConfig) -> None:
     model_dtype = str(model_config.dtype).removeprefix("torch.")
     check_device(flag, model_dtype)
     head_size = model_config.get_head_size()
-    if head_size not in head_dims():
-        accepted = ", ".join(map(str, head_dims()))
+    if head_size not in HEAD_DIMS:
+        accepted = ", ".join(map(str, HEAD_DIMS))
         raise ValueError(f"{flag} does not support head size {head_size}; accepted: {accepted}; use auto or fp8")
     if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         raise ValueError(f"{flag} needs vLLM's hybrid KV cache manager; remove --disable-hybrid-kv-cache-manager")

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 from vllm.platforms import current_platform
 
-from vllm_kivi.format import HEAD_DIMS
-
-# What the CUDA kernels are compiled for.
-CUDA_HEAD_DIMS = (64, 128, 256)
+# What prefill on a GPU needs: FlashAttention's.
 CUDA_DTYPES = ("bfloat16", "float16")
 CUDA_CAPABILITY = (8, 0)
 
@@ -22,13 +19,8 @@ CONTEXT_TOKENS = 16_384
 
 
 def on_gpu() -> bool:
-    """Whether the CUDA kernels run, or those of the CPU."""
+    """Whether the kernels for GPUs run, or those of the CPU."""
     return current_platform.is_cuda()
-
-
-def head_dims() -> Sequence[int]:
-    """Head sizes of the kernels for this device."""
-    return CUDA_HEAD_DIMS if on_gpu() else HEAD_DIMS
 
 
 def check_device(flag: str, dtype: str) -> None:

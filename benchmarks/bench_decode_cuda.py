@@ -1,24 +1,25 @@
-"""How close is decode over kivi pages to the memory limit of this GPU, and how much faster than FlashAttention?
+"""How close is decode over kivi pages to the memory limit of this GPU, and how much faster than other kernels?
 
-Runs torch.ops.vllm_kivi.decode, and vLLM's FlashAttention over bfloat16 and fp8 pages, on the same requests; prints one
-table, which also goes to benchmarks/results/<device>.md. The limit is the bytes that decode must read at the bandwidth
-of a large copy. Decode is compared with float64 attention over its dequantized pages before it is timed.
+Runs torch.ops.vllm_kivi.decode, vLLM's FlashAttention 3 over bfloat16 and fp8 pages, and xformers' triton_splitk over
+int4 pages if xformers is installed, on requests of the same sizes; prints one table, which also goes to
+benchmarks/results/<device>.md. The limit is the bytes that decode must read at the bandwidth of a large copy. Every
+kernel is compared with float64 attention over what its pages hold before it is timed.
 
     python benchmarks/bench_decode_cuda.py [--preset kivi2] [--head-dim 128] [--output FILE]
+    python benchmarks/bench_decode_cuda.py --sweep 512 2048 8192 32768 131072 --requests 32    # a plot against context
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 
+import baselines
 import torch
-from cuda_cases import DEVICE, Pages, copy_bandwidth, microseconds, table_of
-from report import write_section
+from cuda_cases import DEVICE, Case, Pages, copy_bandwidth, microseconds
+from report import Column, Section
 from torch import Tensor
 from vllm import __version__ as vllm_version
-from vllm.vllm_flash_attn import flash_attn_varlen_func
 
 from vllm_kivi import ops
 from vllm_kivi.format import PRESETS, KVFormat
@@ -33,7 +34,7 @@ CASES = (
     (32, 8192, 28, 4),
     (8, 8192, 32, 32),
 )
-BLOCK_SIZE = 16  # vLLM's default
+BASELINES = {"bfloat16": "FA3 bf16", "fp8": "FA3 fp8", "int4": "triton_splitk int4"}
 
 
 def check(pages: Pages, query: Tensor, output: Tensor, scale: float) -> None:
@@ -50,53 +51,29 @@ def check(pages: Pages, query: Tensor, output: Tensor, scale: float) -> None:
     torch.testing.assert_close(output[-1].double(), exact, rtol=2e-2, atol=4e-3)
 
 
-def inputs(case: tuple[int, int, int, int], head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values [requests * tokens, num_kv_heads, head_dim] and queries [requests, num_heads, head_dim]."""
-    num_requests, num_tokens, num_heads, num_kv_heads = case
-    shapes = [(num_requests * num_tokens, num_kv_heads)] * 2 + [(num_requests, num_heads)]
-    key, value, query = (torch.randn(*shape, head_dim, dtype=torch.bfloat16, device=DEVICE) for shape in shapes)
-    return key, value, query
-
-
-def flash_attention(
-    query: Tensor, key: Tensor, value: Tensor, num_requests: int, dtype: torch.dtype
-) -> Callable[[], None]:
-    """A call of FlashAttention over pages of this dtype."""
-    num_tokens = len(key) // num_requests
-    pages = -(-num_tokens // BLOCK_SIZE)
-    table = table_of(num_requests, pages)
-    key_cache, value_cache = (
-        torch.zeros(table.numel() + 1, BLOCK_SIZE, *x.shape[1:], dtype=dtype, device=DEVICE) for x in (key, value)
+def measure(case: Case, args: argparse.Namespace) -> tuple[float, int]:
+    """Time in us of a call of decode, and the bytes that it reads."""
+    fmt = KVFormat(
+        args.preset,
+        case.head_dim,
+        case.kv_heads,
+        "bfloat16",
+        group_size=args.group_size,
+        residual_length=args.residual_length,
     )
-    blocks = table.flatten().long()
-    for cache, x in ((key_cache, key), (value_cache, value)):
-        cache[blocks] = x.view(-1, BLOCK_SIZE, *x.shape[1:]).to(dtype)
-    starts = torch.arange(num_requests + 1, dtype=torch.int32, device=DEVICE)
-    lengths = torch.full((num_requests,), num_tokens, dtype=torch.int32, device=DEVICE)
-    output = torch.empty_like(query)
-    descale = torch.ones(num_requests, key.shape[1], device=DEVICE) if dtype != query.dtype else None
-    given = query if descale is None else query.to(dtype)
+    key, value, query = case.inputs()
+    pages = Pages(fmt, case.requests, case.tokens)
+    pages.fill(key, value)
+    del key, value
+    output, layout = torch.empty_like(query), fmt.layout()
+    batch = pages.query_start_loc, pages.seq_lens, case.scale, 0.0, layout, ops.decode_workspace(layout, DEVICE)
 
-    def call() -> None:
-        flash_attn_varlen_func(
-            q=given,
-            k=key_cache,
-            v=value_cache,
-            out=output,
-            cu_seqlens_q=starts,
-            max_seqlen_q=1,
-            seqused_k=lengths,
-            max_seqlen_k=num_tokens,
-            softmax_scale=query.shape[-1] ** -0.5,
-            causal=True,
-            block_table=table,
-            fa_version=3,
-            q_descale=descale,
-            k_descale=descale,
-            v_descale=descale,
-        )
+    def decode() -> None:
+        ops.decode(output, query, *pages.pages(), *batch)
 
-    return call
+    decode()
+    check(pages, query, output, case.scale)
+    return microseconds(decode), pages.bytes_read()
 
 
 def main() -> None:
@@ -105,63 +82,67 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--group-size", type=int, default=32)
     parser.add_argument("--residual-length", type=int, default=128)
+    parser.add_argument("--sweep", type=int, nargs="+", metavar="TOKENS", help="contexts, instead of the usual cases")
+    parser.add_argument("--requests", type=int, default=32, help="of each context of --sweep")
+    parser.add_argument("--baselines", nargs="*", choices=BASELINES, default=list(BASELINES))
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/<device>.md")
     args = parser.parse_args()
+    sizes = [(args.requests, tokens, 32, 8) for tokens in args.sweep] if args.sweep else CASES
+    cases = [Case(n, tokens, 1, heads, kv_heads, args.head_dim) for n, tokens, heads, kv_heads in sizes]
+    others = {name: baselines.measure(cases, name) for name in args.baselines}
     torch.manual_seed(0)
-    device = torch.cuda.get_device_name()
     bandwidth = copy_bandwidth()
-    rows = []
-    for case in CASES:
-        num_requests, num_tokens, num_heads, num_kv_heads = case
-        fmt = KVFormat(
-            args.preset,
-            args.head_dim,
-            num_kv_heads,
-            "bfloat16",
-            group_size=args.group_size,
-            residual_length=args.residual_length,
-        )
-        key, value, query = inputs(case, args.head_dim)
-        pages = Pages(fmt, num_requests, num_tokens)
-        pages.fill(key, value)
-        output, layout, scale = torch.empty_like(query), fmt.layout(), args.head_dim**-0.5
-        workspace = ops.decode_workspace(layout, DEVICE)
-        batch = pages.query_start_loc, pages.seq_lens, scale, 0.0, layout, workspace
-
-        def kivi(output: Tensor = output, query: Tensor = query, pages: Pages = pages, batch: tuple = batch) -> None:
-            ops.decode(output, query, *pages.pages(), *batch)
-
-        kivi()
-        check(pages, query, output, scale)
-        own, bf16 = microseconds(kivi), microseconds(flash_attention(query, key, value, num_requests, torch.bfloat16))
-        rows.append([own, bf16, None, pages.bytes_read()])
-        print(f"{case}: {own:.1f} us, FA3 bf16 {bf16:.1f} us", flush=True)
-    for case, row in zip(CASES, rows, strict=True):
-        key, value, query = inputs(case, args.head_dim)
-        try:  # last, since a kernel that a build of FlashAttention lacks ends the process' use of the GPU
-            row[2] = microseconds(flash_attention(query, key, value, case[0], torch.float8_e4m3fn))
-        except RuntimeError as error:
-            print(f"fp8 at {case}: {error}")
-            break
-    lines = [
+    variant = (
+        "" if (args.group_size, args.residual_length) == (32, 128) else f" G {args.group_size} R {args.residual_length}"
+    )
+    if args.head_dim != 128:
+        variant += f", head_dim {args.head_dim}"
+    against = f" against context, {args.requests} requests" if args.sweep else ""
+    section = Section(
+        f"Decode attention{against}, {args.preset}{variant}",
         f"{args.preset}, head_dim {args.head_dim}, group_size {args.group_size}, residual_length "
         f"{args.residual_length}, bfloat16 queries; the limit is at {bandwidth / 1e3:,.0f} GB/s. torch "
         f"{torch.__version__}, vLLM {vllm_version}. Made by benchmarks/bench_decode_cuda.py.",
-        "",
-        f"| requests x tokens | heads | FA3 bf16, us | FA3 fp8, us | {args.preset}, us | limit, us | GB/s "
-        "| faster than bf16 | than fp8 |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for (num_requests, num_tokens, num_heads, num_kv_heads), (own, bf16, fp8, num_bytes) in zip(
-        CASES, rows, strict=True
-    ):
-        fp8_time, fp8_ratio = ("-", "-") if fp8 is None else (f"{fp8:.0f}", f"{fp8 / own:.2f}")
-        lines.append(
-            f"| {num_requests} x {num_tokens:,} | {num_heads}/{num_kv_heads} | {bf16:.0f} | {fp8_time} | {own:.1f} "
-            f"| {num_bytes / bandwidth:.1f} | {num_bytes / own / 1e3:,.0f} | {bf16 / own:.2f} | {fp8_ratio} |"
-        )
-    print("\n".join([device, *lines]))
-    write_section(device, f"Decode attention, {args.preset}", lines, args.output)
+        (
+            Column("name", "requests x tokens"),
+            Column("heads", "heads"),
+            *(Column(name, f"{BASELINES[name]}, us", ".0f") for name in args.baselines),
+            Column("kivi", f"{args.preset}, us", ".1f"),
+            Column("limit", "limit, us", ".1f"),
+            Column("gb_per_s", "GB/s", ",.0f"),
+            *(Column(f"over_{name}", f"faster than {BASELINES[name]}", ".2f") for name in args.baselines),
+        ),
+        {
+            "kind": "lines",
+            "x": "tokens",
+            "x_label": f"tokens of context, {args.requests} requests",
+            "y_label": "us a layer for one token of each request",
+            "series": {BASELINES[name]: name for name in args.baselines}
+            | {args.preset: "kivi", "memory limit": "limit"},
+            "log": True,
+        }
+        if args.sweep
+        else None,
+    )
+    for index, case in enumerate(cases):
+        own, num_bytes = measure(case, args)
+        row = {
+            "name": str(case),
+            "tokens": case.tokens,
+            "heads": f"{case.heads}/{case.kv_heads}",
+            "kivi": own,
+            "limit": num_bytes / bandwidth,
+            "gb_per_s": num_bytes / own / 1e3,
+        }
+        for name, found in others.items():
+            row[name] = time = found[index].attention
+            row[f"over_{name}"] = None if time is None else time / own
+        section.add(row)
+        torch.cuda.empty_cache()
+    for name, found in others.items():
+        for note in baselines.notes(BASELINES[name], cases, found):
+            section.note(note)
+    section.write(torch.cuda.get_device_name(), args.output)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from cuda_cases import DEVICE, Pages, microseconds
-from report import write_section
+from report import Column, Section
 
 from vllm_kivi import ops, reference
 from vllm_kivi.format import PRESETS, KVFormat
@@ -34,13 +34,11 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     fmt = KVFormat(args.preset, 128, 8, "bfloat16")
-    lines = [
+    section = Section(
+        f"Store, {args.preset}",
         f"{args.preset}, 8 KV heads of 128, bfloat16. Made by benchmarks/bench_store.py.",
-        "",
-        "| rows | us | GB/s read and written |",
-        "|---|---|---|",
-    ]
-    print(f"{torch.cuda.get_device_name()}\n" + "\n".join(lines), flush=True)
+        (Column("rows", "rows"), Column("us", "us", ".1f"), Column("gb_per_s", "GB/s read and written", ",.0f")),
+    )
     for title, num_requests, num_rows, num_tokens in CASES:
         pages = Pages(fmt, num_requests, num_tokens or 8192)
         if num_tokens is None:
@@ -58,9 +56,8 @@ def main() -> None:
 
         time = microseconds(store)
         moved = rows * 8 * (2 * fmt.full_token_bytes + (fmt.token_bytes if num_rows > 1 else 0))
-        lines.append(f"| {title} | {time:.1f} | {moved / time / 1e3:,.0f} |")
-        print(lines[-1], flush=True)
-    write_section(torch.cuda.get_device_name(), f"Store, {args.preset}", lines, args.output)
+        section.add({"rows": title, "us": time, "gb_per_s": moved / time / 1e3})
+    section.write(torch.cuda.get_device_name(), args.output)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,20 @@
-"""How many tokens a second does the whole engine make with each KV cache dtype, and how many tokens fit?
+"""How many tokens a second does the whole engine make with each KV cache dtype, how many tokens fit, and what does a
+cached token cost?
 
-Takes the flags of vLLM's own benchmark of that name, except that --kv-cache-dtype may list several: each gets a process
-of its own and a line of the table, which also goes to benchmarks/results/<device>.md. The engine's flags are passed on.
-Prompts are random tokens. A decode step is what --output-len tokens take longer than 1 token, over the steps between.
+Takes the flags of vLLM's own benchmark of that name, except that --kv-cache-dtype, --num-prompts and --input-len may
+list several: each dtype gets an engine in a process of its own and a line of the table for each number of requests and
+length. The table also goes to benchmarks/results/<device>.md, and with several lengths a second one: the slope of the
+inter-token latency, by least squares. The engine's flags are passed on. Prompts are random tokens.
 
     python benchmarks/benchmark_throughput.py --kv-cache-dtype auto fp8 kivi2 --num-prompts 32 --input-len 8192
-    python benchmarks/benchmark_throughput.py --num-prompts 0 --max-num-seqs 256    # as many as the cache holds
+    python benchmarks/benchmark_throughput.py --num-prompts 8 32 0              # 0: as many of the longest as fit
+    python benchmarks/benchmark_throughput.py --input-len 2048 8192 12288       # the slope
+
+The requests of a line run twice. With 1 token each they give the cold prefill. With more, a decode step is
+- what the second run takes longer than the first, over the steps between: also tokens that are decoded beside other
+  requests' prefill count, and no step need hold all requests;
+- timed alone: the mean of the steps in which every request decodes, at least --output-len of them. The second run makes
+  as many more tokens as prefill takes steps, so that the first request is not done before the last begins.
 
 Without --model: Llama-3.1-8B's shapes with dummy weights; nothing is downloaded.
 """
@@ -18,94 +27,169 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from report import write_section
+import llama
+from report import Column, Section
 
-LLAMA_3_1_8B = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "torch_dtype": "bfloat16",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 128256,
-    "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "rope_scaling": {
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-        "rope_type": "llama3",
-    },
-    "bos_token_id": 128000,
-    "eos_token_id": 128001,
-    "tie_word_embeddings": False,
-}
+COLUMNS = (
+    Column("kv_cache_dtype", "kv-cache-dtype"),
+    Column("capacity", "KV capacity, tokens", ","),
+    Column("requests", "requests"),
+    Column("input_len", "tokens of each", ","),
+    Column("prefill", "cold prefill, s", ".2f"),
+    Column("difference", "ms a decode step, by difference", ".2f"),
+    Column("step", "timed alone", ".2f"),
+    Column("decode", "decode tokens/s", ",.0f"),
+    Column("total", "total tokens/s", ",.0f"),
+    Column("preempted", "preemptions"),
+)
+SLOPES = (
+    Column("kv_cache_dtype", "kv-cache-dtype"),
+    Column("slope", "ms a step and cached token", ".3e"),
+    Column("of_auto", "of auto's", ".2f"),
+    Column("floor", "ms a step with no cache", ".2f"),
+    Column("residual", "largest residual, ms", ".2f"),
+)
+FULL = 0  # --num-prompts: as many as the cache holds
+SPARE = 4  # steps: the engine schedules ahead
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The workload, by vLLM's names and defaults where it has them."""
-    parser.add_argument("--input-len", type=int, default=8192)
+    parser.add_argument("--input-len", type=int, nargs="+", default=[8192])
     parser.add_argument("--output-len", type=int, default=64)
-    parser.add_argument("--num-prompts", type=int, default=32, help="0: as many as the cache holds at --max-model-len")
-    parser.add_argument("--num-iters", type=int, default=1, help="times to measure; the fastest counts")
+    parser.add_argument("--num-prompts", type=int, nargs="+", default=[32], help="0: as many of the longest as fit")
+
+
+def prefill_steps(num_prompts: int, input_len: int, max_num_batched_tokens: int) -> int:
+    """At most this many steps prefill all requests, though those that decode already take a token each."""
+    return -(-num_prompts * input_len // max(max_num_batched_tokens - num_prompts, 1)) + SPARE
+
+
+def request_tokens(args: argparse.Namespace, num_prompts: int, input_len: int) -> int:
+    """What a request needs of the cache before it ends, in whole pages of any dtype."""
+    steps = prefill_steps(num_prompts, input_len, args.max_num_batched_tokens)
+    return -(-(input_len + args.output_len + steps) // 128) * 128
+
+
+def fitting(args: argparse.Namespace, capacity: int, input_len: int) -> int:
+    """As many requests as the cache holds until they end."""
+    counts = range(1, args.max_num_seqs + 1)
+    return max((n for n in counts if n * request_tokens(args, n, input_len) <= capacity), default=1)
+
+
+class Engine:
+    """One engine, and the runs of it."""
+
+    def __init__(self, rest: list[str]) -> None:
+        from vllm.plugins import load_general_plugins
+
+        load_general_plugins()  # before the parser lists the cache dtypes it accepts
+        from vllm import LLM
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+        parser = FlexibleArgumentParser()
+        arguments(parser)
+        self.args = EngineArgs.add_cli_args(parser).parse_args(rest)
+        settings = EngineArgs.from_cli_args(self.args)
+        settings.disable_log_stats = False  # counts preemptions
+        self.llm = LLM.from_engine_args(settings)
+        self.capacity = self.llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens
+        self.vocabulary = self.llm.llm_engine.model_config.get_vocab_size()
+        self.seed = 0
+
+    def run(self, num_prompts: int, input_len: int, output_len: int) -> tuple[list[float], list[int]]:
+        """Seconds from the start to each step that made tokens, and how many requests it made them for."""
+        import torch
+        from vllm import SamplingParams, TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
+
+        self.seed += 1
+        tokens = torch.randint(
+            self.vocabulary, (num_prompts, input_len), generator=torch.Generator().manual_seed(self.seed)
+        ).tolist()
+        engine = self.llm.llm_engine
+        start = time.perf_counter()
+        for index, prompt in enumerate(tokens):
+            sampling = SamplingParams(
+                temperature=0.0,
+                max_tokens=output_len,
+                ignore_eos=True,
+                detokenize=False,
+                output_kind=RequestOutputKind.DELTA,
+            )
+            engine.add_request(f"{self.seed}-{index}", TokensPrompt(prompt_token_ids=prompt), sampling)
+        times: list[float] = []
+        counts: list[int] = []
+        while engine.has_unfinished_requests():
+            made = sum(len(output.outputs[0].token_ids) for output in engine.step())
+            if made:
+                times.append(time.perf_counter() - start)
+                counts.append(made)
+        assert sum(counts) == num_prompts * output_len, (sum(counts), num_prompts, output_len)
+        return times, counts
+
+    def preemptions(self) -> int:
+        return int(sum(m.value for m in self.llm.get_metrics() if m.name == "vllm:num_preemptions"))
+
+
+def alone(times: Sequence[float], counts: Sequence[int], num_prompts: int) -> tuple[float | None, float]:
+    """Mean seconds of a step among the longest stretch of steps in which every request decodes, the first such step
+    apart, since it may have prefilled; and how many tokens a request has made by its middle."""
+    best = range(0)
+    first = 0
+    for index, count in enumerate([*counts, 0]):
+        if count != num_prompts:
+            best = max(best, range(first, index), key=len)
+            first = index + 1
+    if len(best) < 2:
+        return None, 0.0
+    middle = (best[0] + best[-1]) // 2
+    return (times[best[-1]] - times[best[0]]) / (len(best) - 1), sum(counts[: middle + 1]) / num_prompts
 
 
 def measure(out: Path, rest: list[str]) -> None:
     """In a process of its own: run one engine and write what was measured as JSON."""
-    from vllm.plugins import load_general_plugins
-
-    load_general_plugins()  # before the parser lists the cache dtypes it accepts
     import torch
-    from vllm import LLM, SamplingParams, TokensPrompt, __version__
-    from vllm.engine.arg_utils import EngineArgs
+    from vllm import __version__
     from vllm.platforms import current_platform
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    parser = FlexibleArgumentParser()
-    arguments(parser)
-    args = EngineArgs.add_cli_args(parser).parse_args(rest)
-    full = args.num_prompts == 0
-    settings = EngineArgs.from_cli_args(args)
-    settings.disable_log_stats = not full  # counts preemptions
-    llm = LLM.from_engine_args(settings)
-    capacity = llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens
-    num_prompts = args.num_prompts or min(capacity // args.max_model_len, args.max_num_seqs)
-    vocabulary = llm.llm_engine.model_config.get_vocab_size()
-    generator = torch.Generator().manual_seed(0)
-
-    def seconds(count: int, output_len: int) -> float:
-        tokens = torch.randint(vocabulary, (count, args.input_len), generator=generator)
-        prompts = [TokensPrompt(prompt_token_ids=row) for row in tokens.tolist()]
-        sampling = SamplingParams(temperature=0.0, max_tokens=output_len, ignore_eos=True, detokenize=False)
-        start = time.perf_counter()
-        llm.generate(prompts, sampling, use_tqdm=False)
-        return time.perf_counter() - start
-
-    seconds(min(2, num_prompts), 4)
-    prefill = min(seconds(num_prompts, 1) for _ in range(args.num_iters))
-    total = min(seconds(num_prompts, args.output_len) for _ in range(args.num_iters))
-    preempted = sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions") if full else 0
-    step = (total - prefill) / max(args.output_len - 1, 1)
-    result = {
-        "device": current_platform.get_device_name() if current_platform.is_cuda() else "CPU",
-        "versions": f"vLLM {__version__}, torch {torch.__version__}",
-        "capacity": capacity,
-        "num_prompts": num_prompts,
-        "prefill": prefill,
-        "step": step,
-        "decode": num_prompts / step,
-        "total": num_prompts * (args.input_len + args.output_len) / total,
-        "preempted": int(preempted),
-    }
-    out.write_text(json.dumps(result))
+    engine = Engine(rest)
+    args, rows = engine.args, []
+    engine.run(2, min(args.input_len), 4)
+    for asked in args.num_prompts:
+        # What fits is counted in requests of max_model_len: a shorter one needs more than its share, for its window.
+        for input_len in args.input_len if asked else [max(args.input_len)]:
+            num_prompts = asked or fitting(args, engine.capacity, input_len)
+            output_len = args.output_len + prefill_steps(num_prompts, input_len, args.max_num_batched_tokens)
+            before = engine.preemptions()
+            prefill = engine.run(num_prompts, input_len, 1)[0][-1] if asked else None
+            times, counts = engine.run(num_prompts, input_len, output_len)
+            step, made = alone(times, counts, num_prompts)
+            rows.append(
+                {
+                    "capacity": engine.capacity,
+                    "requests": num_prompts,
+                    "input_len": input_len,
+                    "full": asked == FULL,
+                    "prefill": prefill,
+                    "difference": prefill and 1e3 * (times[-1] - prefill) / (output_len - 1),
+                    "step": step and 1e3 * step,
+                    "decode": step and num_prompts / step,
+                    "total": num_prompts * (input_len + output_len) / times[-1],
+                    "cached": num_prompts * (input_len + made),
+                    "preempted": engine.preemptions() - before,
+                }
+            )
+    device = current_platform.get_device_name() if current_platform.is_cuda() else "CPU"
+    versions = f"vLLM {__version__}, torch {torch.__version__}"
+    out.write_text(
+        json.dumps({"device": device, "versions": versions, "max_num_seqs": args.max_num_seqs, "rows": rows})
+    )
 
 
 def run(dtype: str, common: list[str], folder: Path) -> dict[str, Any]:
@@ -120,53 +204,101 @@ def run(dtype: str, common: list[str], folder: Path) -> dict[str, Any]:
     return json.loads(out.read_text())
 
 
+def line(points: Sequence[tuple[float, float]]) -> tuple[float, float, float]:
+    """Slope, value at 0 and largest residual of the line through points by least squares."""
+    n = len(points)
+    mean_x, mean_y = (sum(values) / n for values in zip(*points, strict=True))
+    slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points)
+    floor = mean_y - slope * mean_x
+    return slope, floor, max(abs(y - floor - slope * x) for x, y in points)
+
+
+def slopes(rows: Sequence[dict[str, Any]], requests: int) -> list[dict[str, Any]]:
+    """What a cached token adds to a step of this many requests, for each cache dtype measured at several lengths."""
+    found: dict[str, dict[str, Any]] = {}
+    for dtype in dict.fromkeys(row["kv_cache_dtype"] for row in rows):
+        points = [
+            (row["cached"], row["step"])
+            for row in rows
+            if row["kv_cache_dtype"] == dtype and row["requests"] == requests and row["step"] and not row["full"]
+        ]
+        if len(points) > 1:
+            slope, floor, residual = line(points)
+            found[dtype] = {"kv_cache_dtype": dtype, "slope": slope, "floor": floor, "residual": residual}
+    for row in found.values():
+        row["of_auto"] = row["slope"] / found["auto"]["slope"] if "auto" in found else None
+    return list(found.values())
+
+
+def listed(values: Sequence[object]) -> str:
+    texts = [f"{value:,}" if isinstance(value, int) else str(value) for value in values]
+    return " and ".join(filter(None, [", ".join(texts[:-1]), texts[-1]]))
+
+
+def plot_of(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Latency over cached tokens, or throughput over requests, where the runs differ in one of the two."""
+    plot = {"kind": "lines", "by": "kv_cache_dtype"}
+    if len(args.input_len) > 1 and len(args.num_prompts) == 1:
+        x_label = f"cached tokens of {listed(args.num_prompts)} requests"
+        return plot | {"x": "cached", "x_label": x_label, "y_label": "ms a decode step", "series": {"": "step"}}
+    if len(args.num_prompts) > 1:
+        longest = max(args.input_len)
+        plot |= {"x": "requests", "x_label": f"requests of {longest:,} tokens", "only": {"input_len": longest}}
+        return plot | {"y_label": "decode tokens/s", "series": {"": "decode"}}
+    return None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--model", help="default: Llama-3.1-8B's shapes, dummy weights")
     parser.add_argument("--kv-cache-dtype", nargs="+", default=["auto", "kivi2"])
-    parser.add_argument("--max-num-seqs", type=int, help="default: --num-prompts, or 256")
+    parser.add_argument("--max-num-seqs", type=int, help="default: the most --num-prompts, or 256")
     parser.add_argument("--max-model-len", type=int, help="default: a request, rounded up to a multiple of 128 tokens")
+    parser.add_argument("--max-num-batched-tokens", type=int, default=16384, help="vLLM's default on an H100")
     parser.add_argument("--num-layers", type=int, default=32, help="of the default model")
+    parser.add_argument("--append", action="store_true", help="keep the table's lines of other cache dtypes")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/<device>.md")
     arguments(parser)
     args, engine_flags = parser.parse_known_args()
-    max_model_len = args.max_model_len or -(-(args.input_len + args.output_len) // 128) * 128
-    common = [f"--input-len={args.input_len}", f"--output-len={args.output_len}", f"--num-iters={args.num_iters}"]
-    common += [f"--num-prompts={args.num_prompts}", f"--max-num-seqs={args.max_num_seqs or args.num_prompts or 256}"]
-    common += [f"--max-model-len={max_model_len}", "--skip-tokenizer-init", "--no-enable-prefix-caching", *engine_flags]
+    max_num_seqs = args.max_num_seqs or (256 if FULL in args.num_prompts else max(args.num_prompts))
+    longest = max(request_tokens(args, n or max_num_seqs, max(args.input_len)) for n in args.num_prompts)
+    max_model_len = args.max_model_len or longest
+    common = ["--input-len", *map(str, args.input_len), "--num-prompts", *map(str, args.num_prompts)]
+    common += [f"--output-len={args.output_len}", f"--max-num-seqs={max_num_seqs}", f"--max-model-len={max_model_len}"]
+    common += [f"--max-num-batched-tokens={args.max_num_batched_tokens}", *engine_flags]
+    counts = listed([n for n in args.num_prompts if n] + ["a full cache of"] * (FULL in args.num_prompts))
+    workload = f"{counts} requests of {listed(args.input_len)} tokens"
+    flags = f" Engine flags: {' '.join(engine_flags)}." if engine_flags else ""
+    section: Section | None = None
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model = args.model
-        if model is None:
-            model = f"Llama-3.1-8B's shapes, {args.num_layers} layers, dummy weights"
-            config = LLAMA_3_1_8B | {"num_hidden_layers": args.num_layers}
-            (folder / "config.json").write_text(json.dumps(config))
-        path = [f"--model={folder}", "--load-format=dummy"] if args.model is None else [f"--model={model}"]
-        lines: list[str] = []
+        model, model_flags = llama.engine_flags(args.model, args.num_layers, folder)
         for dtype in args.kv_cache_dtype:
-            found = run(dtype, path + common, folder)
-            if not lines:
-                flags = f" Engine flags: {' '.join(engine_flags)}." if engine_flags else ""
-                lines = [
-                    f"{model}; {args.input_len:,} tokens in, {args.output_len:,} out, max_model_len {max_model_len:,}. "
-                    f"{found['versions']}.{flags} Made by benchmarks/benchmark_throughput.py.",
-                    "",
-                    "| kv-cache-dtype | KV capacity, tokens | requests | cold prefill, s | ms a decode step "
-                    "| decode tokens/s | total tokens/s |",
-                    "|---|---|---|---|---|---|---|",
-                ]
-                print("\n".join(lines), flush=True)
-            note = f" ({found['preempted']} preempted)" if found["preempted"] else ""
-            lines.append(
-                f"| {dtype} | {found['capacity']:,} | {found['num_prompts']}{note} | {found['prefill']:.2f} "
-                f"| {found['step'] * 1e3:.2f} | {found['decode']:,.0f} | {found['total']:,.0f} |"
+            found = run(dtype, model_flags + common, folder)
+            about = (
+                f"{model}; at least {args.output_len:,} steps, max_model_len {max_model_len:,}, max_num_batched_tokens "
+                f"{args.max_num_batched_tokens:,}. {found['versions']}.{flags} Made by "
+                "benchmarks/benchmark_throughput.py."
             )
-            print(lines[-1], flush=True)
-    requests = f"{args.num_prompts} requests" if args.num_prompts else "at full memory"
-    title = f"Throughput of the engine, {requests} of {args.input_len:,} tokens"
-    write_section(found["device"], title, lines, args.output)
+            if section is None:
+                section = Section(f"Throughput of the engine, {workload}", about, COLUMNS, plot_of(args))
+            for row in found["rows"]:
+                section.add({"kv_cache_dtype": dtype} | row)
+                if row["full"] and row["requests"] == found["max_num_seqs"]:
+                    section.note(f"{dtype}: more requests fit than the engine takes; raise --max-num-seqs.")
+    assert section is not None
+    keep = "kv_cache_dtype" if args.append else None
+    section.write(found["device"], args.output, keep)
+    for requests in filter(None, args.num_prompts if len(args.input_len) > 1 else ()):
+        rows = slopes(section.rows, requests)
+        if rows:
+            title = f"Inter-token latency of a cached token, {requests} requests of {listed(args.input_len)} tokens"
+            table = Section(title, section.about, SLOPES)
+            for row in rows:
+                table.add(row)
+            table.write(found["device"], args.output)
 
 
 if __name__ == "__main__":

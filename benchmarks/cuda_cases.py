@@ -1,9 +1,10 @@
-"""What the CUDA benchmarks share: requests in pages, and times of calls that are captured in one graph."""
+"""What the CUDA benchmarks share: cases, requests in pages, and times of calls that are captured in one graph."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,6 +15,59 @@ from vllm_kivi.format import KVFormat
 DEVICE = torch.device("cuda")
 
 
+@dataclass(frozen=True)
+class Case:
+    """One call of attention: every request has `rows` new tokens, the last of its `tokens`."""
+
+    requests: int
+    tokens: int
+    rows: int = 1
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+
+    def __str__(self) -> str:
+        return f"{self.requests} x {self.tokens:,}"
+
+    @property
+    def scale(self) -> float:
+        return self.head_dim**-0.5
+
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values [requests * tokens, kv_heads, head_dim], queries [requests * rows, heads, head_dim]."""
+        key, value = (
+            torch.randn(self.requests * self.tokens, self.kv_heads, self.head_dim, dtype=torch.bfloat16, device=DEVICE)
+            for _ in "kv"
+        )
+        query = torch.randn(self.requests * self.rows, self.heads, self.head_dim, dtype=torch.bfloat16, device=DEVICE)
+        return key, value, query
+
+    def sample(self) -> list[int]:
+        """Some rows of a request: both ends and the middle."""
+        return sorted({0, self.rows // 3, self.rows // 2, self.rows - 1})
+
+
+def relative_error(output: Tensor, query: Tensor, key: Tensor, value: Tensor, case: Case) -> float:
+    """How far sampled rows of the last request are from float64 attention: the largest ||difference|| / ||exact|| of a
+    row and head.
+
+    Args:
+        output, query: [requests * rows, heads, head_dim].
+        key, value: of the last request, [tokens, kv_heads, head_dim].
+    """
+    worst = 0.0
+    query, keys, values = (x.float().double() for x in (query, key, value))  # all dtypes convert to float32
+    for row in case.sample():
+        index = len(query) - case.rows + row
+        length = case.tokens - case.rows + row + 1
+        grouped = query[index].unflatten(0, (case.kv_heads, -1))
+        scores = torch.einsum("hrd,thd->hrt", grouped, keys[:length]) * case.scale
+        exact = torch.einsum("hrt,thd->hrd", scores.softmax(-1), values[:length]).flatten(0, 1)
+        difference = (output[index].double() - exact).norm(dim=-1) / exact.norm(dim=-1)
+        worst = max(worst, difference.max().nan_to_num(torch.inf).item())
+    return worst
+
+
 def table_of(num_requests: int, pages: int) -> Tensor:
     """A shuffled block table, int32 [num_requests, pages]; block 0 stays unused."""
     blocks = torch.randperm(num_requests * pages, device=DEVICE) + 1
@@ -21,20 +75,26 @@ def table_of(num_requests: int, pages: int) -> Tensor:
 
 
 class Pages:
-    """Requests of equal length whose tokens are stored, with full-precision pages for the window only."""
+    """Requests of equal length whose tokens are stored, with full-precision pages for windows only: the last, and that
+    before a chunk of `chunk` tokens."""
 
-    def __init__(self, fmt: KVFormat, num_requests: int, num_tokens: int) -> None:
+    def __init__(self, fmt: KVFormat, num_requests: int, num_tokens: int, chunk: int = 0) -> None:
         n, window = fmt.full_page_tokens, fmt.residual_length + fmt.group_size
         self.fmt, self.num_requests, self.num_tokens = fmt, num_requests, num_tokens
         self.quantized_table = table_of(num_requests, -(-num_tokens // fmt.page_tokens))
-        pages = -(-num_tokens // n)
-        kept = min(pages, -(-window // n) + 1)
-        self.full_table = torch.zeros(num_requests, pages, dtype=torch.int32, device=DEVICE)
-        self.full_table[:, pages - kept :] = table_of(num_requests, kept)
+        kept = sorted(
+            {
+                page
+                for end in (num_tokens - chunk, num_tokens)
+                for page in range(max(end - window, 0) // n, -(-end // n))
+            }
+        )
+        self.full_table = torch.zeros(num_requests, -(-num_tokens // n), dtype=torch.int32, device=DEVICE)
+        self.full_table[:, kept] = table_of(num_requests, len(kept))
         head_bytes = fmt.page_bytes // fmt.num_kv_heads
         self.quantized, self.full = (
             torch.zeros(count + 1, fmt.num_kv_heads, head_bytes, dtype=torch.uint8, device=DEVICE)
-            for count in (self.quantized_table.numel(), num_requests * kept)
+            for count in (self.quantized_table.numel(), self.full_table.count_nonzero().item())
         )
         self.seq_lens = torch.full((num_requests,), num_tokens, dtype=torch.int32, device=DEVICE)
         self.query_start_loc = torch.arange(num_requests + 1, dtype=torch.int32, device=DEVICE)
@@ -56,6 +116,7 @@ class Pages:
 def microseconds(call: Callable[[], object], calls: int = 10, repeats: int = 25) -> float:
     """Median time of a call among `calls` in one CUDA graph, which begins with other data in the L2 cache."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # what the call reads may still be being written
     with torch.cuda.stream(stream):
         call()
         graph = torch.cuda.CUDAGraph()

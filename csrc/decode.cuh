@@ -1,22 +1,25 @@
 // decode: attention of a few query rows a request over quantized tiles and full-precision tokens, in one launch.
 //
-// Work. A unit is a tile, or 8 tokens in full precision. An item is a request, a KV head and up to 8 of its columns: a
-// column is a query row and a query head that shares the KV head. The units of all items lie on one line, which is cut
-// into equal parts, one a warp, whatever the lengths are. A warp is on its own: its units arrive by bulk copies in a
-// ring of stages that it alone waits for. At the end the warps of a block merge the items that they share, and an item
-// that lies in several blocks is merged by the one that finishes last, always in the same order.
+// Work. A unit is 64 tokens of tiles, or 8 tokens in full precision. An item is a request, a KV head and up to 8 of its
+// columns: a column is a query row and a query head that shares the KV head. All items lie on one line, where a unit
+// takes room as it takes time, and the line is cut into equal parts, one a warp: between items where few warps stay
+// idle for it, else anywhere. A warp finds its place from the lengths on the device (work.cuh) and is on its own from
+// there: its units arrive by bulk copies in a ring of stages that it alone waits for. At the end the warps of a block
+// merge the items that they share. The block in which an item ends waits for earlier ones that have parts of it, and
+// merges those too: blocks start in order, so whoever is waited for runs.
 //
-// A tile. Tokens are the rows of S = K Q^T, columns the 8 columns, so codes are unpacked once for all query heads and
+// A step. Tokens are the rows of S = K Q^T, columns the 8 columns, so codes are unpacked once for all query heads and
 // are the A operand as they are (operands.cuh). Key scales are folded into Q, once a tile; key zeros are one more row
 // product, the value with which S starts. The transpose of P takes one instruction per 8 tokens, and value scales are
 // folded into it, once per value group; value zeros again are a product of their own. So there is no arithmetic per
-// code but its mask.
+// code but its mask. Two halves of 32 tokens go through a step side by side: 8 warps a multiprocessor need that much
+// independent work to hide the latencies of their instructions.
 //
 // Exponents. P is kept relative to a maximum that is only raised when a score exceeds it by kHeadroom, scales relative
 // to a power of two; so the rescaling of sums is rare, and decided by one vote.
 //
-// Bound by memory: 96 bytes per token and KV head at 2 bits, head size 128 and groups of 32. Instructions are about 350
-// per tile and warp, a third of what an H100 can issue in the time that memory needs.
+// Bound: at 2 bits, head size 128 and groups of 32 a token takes 96 bytes of a KV head and 13 warp instructions. Beyond
+// a fixed cost of 15 us, tokens take what memory needs for them (2.9 TB/s on an H100).
 #pragma once
 
 #include "attend.cuh"

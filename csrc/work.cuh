@@ -58,8 +58,7 @@ struct DecodeParams {
   float4* first_sums;    // [blocks][warps][head_dim * 2] in the order of accumulators: of a warp's first segment
   float4* partials;      // [blocks][head_dim * 2] likewise, of the item that goes on in the next block
   float2* extremes;      // [blocks][8] maximum and sum of its columns
-  int32_t* num_partial;  // [blocks] how many blocks have written their part of the item that ends in this one; 0
-                         // between launches
+  int32_t* num_partial;  // [blocks], 0 between launches: how many wrote their part of the item that ends in this one
 };
 
 // How the line is cut: into parts of `size`, one a warp. An item takes `start` more of it than it costs, rounded up to

@@ -198,6 +198,16 @@ def test_sinks_are_not_read_quantized() -> None:
     assert torch.equal(*outputs)
 
 
+@pytest.mark.parametrize(("num_requests", "num_kv_heads", "longest"), [(40, 2, 0), (150, 8, 90), (300, 1, 40)])
+def test_many_requests(num_requests: int, num_kv_heads: int, longest: int) -> None:
+    """More than a lane looks at, of equal and of other lengths; more items than a GPU has warps, which then share."""
+    rng = random.Random(num_requests * num_kv_heads)
+    fmt = KVFormat("kivi2", 64, num_kv_heads=num_kv_heads, dtype="bfloat16", residual_length=32)
+    lengths = [rng.randint(1, longest) if longest else 200 for _ in range(num_requests)]
+    pool, _, _ = filled_pool(fmt, lengths)
+    check(pool, queries(fmt, num_requests, 2), [1] * num_requests)
+
+
 def test_padding_rows_and_idle_requests() -> None:
     fmt = KVFormat("kivi2", 64, num_kv_heads=1, dtype="bfloat16")
     pool, _, _ = filled_pool(fmt, [50, 0, 70])

@@ -21,7 +21,7 @@ MODEL := models/smollm2
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-REQUIREMENTS := gguf hypothesis ninja pytest 'setuptools>=77' tqdm
+REQUIREMENTS := gguf hypothesis matplotlib ninja pytest 'setuptools>=77' tqdm
 ifeq ($(DEVICE),cuda)
 REQUIREMENTS += vllm==$(VLLM_VERSION)
 else

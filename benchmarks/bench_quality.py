@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from vllm_kivi import evaluate, reference
+from vllm_kivi import reference
+from vllm_kivi.evaluate import ppl, session
 from vllm_kivi.format import PRESETS
 from vllm_kivi.options import KiviOptions
 
@@ -82,7 +83,7 @@ def main():
     parser.add_argument("--chunk", type=int, default=64)
     parser.add_argument("--presets", nargs="+", default=["kivi2", "kivi_k4v2", "kivi4"], choices=PRESETS)
     args = parser.parse_args()
-    settings = evaluate.Settings(
+    settings = ppl.Settings(
         model=args.model,
         text=args.text,
         kv_cache_dtypes=tuple(args.presets),
@@ -91,9 +92,9 @@ def main():
         tokens=args.tokens,
         dtype="float32",
     )
-    report = evaluate.run(settings)
+    report = ppl.run(settings)
     real = {result["kv_cache_dtype"]: result for result in report["results"]}
-    windows = evaluate._read_windows(settings, evaluate._model_config(settings))
+    windows = ppl.read_windows(settings, session.model_config(settings))
     lines = [
         "# Perplexity: the real cache against the simulation",
         "",

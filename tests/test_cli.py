@@ -15,7 +15,8 @@ import engines
 import pytest
 import torch
 
-from vllm_kivi import __version__, cli, evaluate
+from vllm_kivi import __version__, cli
+from vllm_kivi.evaluate import cache, ppl, report, session
 from vllm_kivi.format import KVFormat
 
 ROOT = Path(__file__).parent.parent
@@ -62,16 +63,16 @@ class NoBar:
 
 
 def test_windows_are_whole_and_begin_with_the_prefix():
-    assert evaluate.cut_windows(range(10), [], 4, None) == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    assert evaluate.cut_windows(range(10), [99], 4, None) == [[99, 0, 1, 2], [99, 3, 4, 5], [99, 6, 7, 8]]
-    assert evaluate.cut_windows(range(10), [], 5, 9) == [[0, 1, 2, 3, 4]]
-    assert evaluate.cut_windows(range(10), [], 11, None) == []
+    assert ppl.cut_windows(range(10), [], 4, None) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert ppl.cut_windows(range(10), [99], 4, None) == [[99, 0, 1, 2], [99, 3, 4, 5], [99, 6, 7, 8]]
+    assert ppl.cut_windows(range(10), [], 5, 9) == [[0, 1, 2, 3, 4]]
+    assert ppl.cut_windows(range(10), [], 11, None) == []
 
 
 @pytest.mark.parametrize("parallel", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("num_windows", range(1, 20))
 def test_no_window_is_alone_beside_larger_batches(num_windows, parallel):
-    sizes = evaluate.batch_sizes(num_windows, parallel)
+    sizes = session.batch_sizes(num_windows, parallel)
     assert sum(sizes) == num_windows
     assert max(sizes) <= parallel + 1
     assert min(sizes) > 1 or max(sizes) == 1
@@ -90,7 +91,28 @@ def test_quantized_context_counts_what_each_row_reads(residual, sinks, chunk):
         groups = [g for g in range(0, window, 32) if g + 32 <= start + 1 - residual and g + 32 <= start]
         reads.append((sum(sinks <= token < (groups[-1] + 32 if groups else 0) for token in range(window)), row + 1))
     expected = sum(q > 0 for q, _ in reads) / len(reads), sum(q / length for q, length in reads) / len(reads)
-    assert evaluate.quantized_context(fmt, window, chunk, first) == pytest.approx(expected)
+    reads = cache.Reads()
+    chunks = [(start, min(chunk, window - start)) for start in range(0, window, chunk)]
+    reads.add(fmt, chunks, window, first - 1, window - 2)
+    assert (reads.rows, *reads.result().values()) == (window - first, *map(pytest.approx, expected))
+
+
+def test_rows_past_the_prompt_read_as_decode_does():
+    fmt = KVFormat("kivi2", 64, 2, "bfloat16", residual_length=0)
+    # Rows 90 to 99 of a prompt of 95: those of the prompt read no token of their own chunk.
+    assert cache.row_boundaries(fmt, 90, 10, 95) == [64] * 5 + [96] * 5
+    bypass = KVFormat("kivi2", 64, 2, "bfloat16", residual_length=0, full_precision=True)
+    assert cache.row_boundaries(bypass, 90, 10, 95) == [0] * 10
+
+
+def test_a_candidate_has_options_of_its_own():
+    settings = ppl.Settings("m", TEXT, ("kivi2:group_size=64,full_precision=true", "auto", "kivi2"))
+    auto, own, plain = session.candidates(settings)
+    assert (auto.label, own.label, own.dtype) == ("auto", "kivi2:group_size=64,full_precision=true", "kivi2")
+    common = {"kivi": {"group_size": 32, "residual_length": 64}, "other": 1}
+    options = {"group_size": 64, "residual_length": 64, "full_precision": True}
+    assert own.additional_config(common) == {"kivi": options, "other": 1}
+    assert plain.additional_config(common) == auto.additional_config(common) == common
 
 
 def test_paired_difference_is_per_token_and_its_error_per_block():
@@ -98,10 +120,10 @@ def test_paired_difference_is_per_token_and_its_error_per_block():
     blocks = torch.randn(3, 50, generator=generator).double() + 0.5
     # Tokens of a block err together: their number must not make the error look smaller.
     ours, theirs = blocks.repeat_interleave(64, 1), torch.zeros(3, 50 * 64)
-    mean, error = evaluate.paired_difference(ours.tolist(), theirs.tolist(), 64)
+    mean, error = report.paired_difference(ours.tolist(), theirs.tolist(), 64)
     assert mean == pytest.approx(blocks.mean().item())
     assert error == pytest.approx(blocks.std().item() / math.sqrt(150))
-    mean, _ = evaluate.paired_difference([[1.0] * 64 + [3.0]], [[0.0] * 65], 64)
+    mean, _ = report.paired_difference([[1.0] * 64 + [3.0]], [[0.0] * 65], 64)
     assert mean == pytest.approx(67 / 65)
 
 
@@ -121,7 +143,7 @@ def chunked(model, kv_cache_dtype, windows, chunk, **overrides):
     }
     bar = NoBar()
     with engines.engine(model, kv_cache_dtype, **(settings | overrides)) as llm:
-        nll = evaluate.score(llm, windows, chunk, bar)
+        nll = ppl.score(llm, windows, chunk, bar)
     assert bar.total == sum(map(len, windows))
     return torch.tensor(nll)
 
@@ -148,10 +170,47 @@ def test_scores_come_from_quantized_pages(tiny):
     assert loss_eight < loss_two / 10
 
 
-def test_larger_chunks_than_asked_for_are_an_error(tiny):
+@pytest.mark.parametrize(("number", "budget"), [(1, 4096), (2, 4096), (2, 100)])
+def test_chunks_are_those_asked_for_or_an_error(tiny, number, budget):
+    """Of engines that would take larger ones, a request alone the whole budget, and of one that takes smaller ones."""
+    windows = [engines.prompt(300, seed) for seed in range(number)]
+    settings = {"max_num_batched_tokens": budget, "max_num_seqs": 4, "long_prefill_token_threshold": 0}
+    with engines.engine(tiny, "kivi2", **settings) as llm, cache.observe(llm) as seen:
+        if budget < number * 64:
+            with pytest.raises(RuntimeError, match="not in chunks of 64"):
+                ppl.score(llm, windows, 64, NoBar())
+            return
+        ppl.score(llm, windows, 64, NoBar())
+        assert list(seen.chunks.values()) == [[(0, 64), (64, 64), (128, 64), (192, 64), (256, 44)]] * number
+
+
+def test_a_batched_prefill_reads_nothing_quantized(tiny):
     windows = [engines.prompt(300, seed) for seed in range(2)]
-    with pytest.raises(RuntimeError, match="not in chunks of 64"):
-        chunked(tiny, "auto", windows, 64, max_num_batched_tokens=4096, long_prefill_token_threshold=0)
+    exact, streamed, batched = (
+        chunked(tiny, dtype, windows, chunk, max_num_batched_tokens=600)
+        for dtype, chunk in (("auto", 300), ("kivi2", 64), ("kivi2", 300))
+    )
+    torch.testing.assert_close(batched, exact, atol=1e-3, rtol=1e-3)
+    assert (streamed - exact).abs().mean() > 0.02
+
+
+def test_the_report_says_which_layers_are_quantized(tiny):
+    """And how: 2 KV heads of 64 channels in two layers, one of which is left in float32."""
+    with engines.engine(tiny, "kivi2", kv_cache_dtype_skip_layers=["0"]) as llm:
+        described, fmt = cache.describe(llm), cache.kivi_format(llm)
+    full, quantized = 2 * 2 * 64 * 4, 2 * fmt.token_bytes
+    assert described["layers"] == {"float32": 1, "kivi2": 1}
+    assert described["kv_bytes_per_token"] == full + quantized
+    assert not cache.unquantized(described)
+    with engines.engine(tiny, "auto") as llm:
+        assert cache.unquantized(cache.describe(llm)) and cache.kivi_format(llm) is None
+
+
+def test_peak_bytes_are_those_of_the_blocks_held(tiny):
+    windows = [engines.prompt(300, seed) for seed in range(2)]
+    with engines.engine(tiny, "auto", block_size=32) as llm, cache.observe(llm) as seen:
+        ppl.score(llm, windows, 300, NoBar())
+        assert seen.peak_blocks * cache.block_bytes(llm) == 2 * 320 * (2 * 2 * 2 * 64 * 4)
 
 
 # -- the command --------------------------------------------------------------------------------------------------
@@ -173,6 +232,10 @@ def test_version(capsys):
         (["--additional-config", '{"kivi": {"groups": 32}}'], "unknown option 'groups'; accepted: group_size"),
         (["--additional-config", '{"kivi": {"group_size": 48}}'], "accepted: 32, 64, 128"),
         (["--kv-cache-dtype", "kivi3"], "--kv-cache-dtype kivi3: Input should be"),
+        (["--kv-cache-dtype", "kivi4:group_size"], "'group_size' is not option=value"),
+        (["--kv-cache-dtype", "kivi4:groups=32"], "unknown option 'groups'; accepted: group_size"),
+        (["--kv-cache-dtype", "fp8:group_size=32"], "--kv-cache-dtype fp8:group_size=32: only kivi2, "),
+        (["--baseline", "kivi4:group_size=48"], "accepted: 32, 64, 128"),
         (["--window", "4096"], "--window 4096 must be less than the model's 4096 positions"),
         (["/nowhere"], "/nowhere: no such folder"),
     ],
@@ -215,30 +278,36 @@ def test_text_that_fills_no_window(smollm2, tmp_path, capsys):
     assert "is not UTF-8" in capsys.readouterr().err
 
 
-def test_eval_ppl_prints_json_alone_and_what_the_cache_holds(smollm2):
+def test_eval_ppl_prints_json_alone_and_what_the_cache_holds(smollm2, tmp_path):
     command = [sys.executable, "-m", "vllm_kivi.cli", "eval", "ppl", str(smollm2), "--text", str(TEXT), "--json"]
-    command += ["--kv-cache-dtype", "kivi2", "--window", "512", "--tokens", "1024"]
+    command += ["--kv-cache-dtype", "kivi2", "--window", "512", "--tokens", "1024", "--output", str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr
-    report = json.loads(result.stdout)
-    auto, two = report["results"]
-    assert (auto["kv_cache_dtype"], two["kv_cache_dtype"]) == ("auto", "kivi2")
-    assert (report["model"], report["text"], report["windows"], report["scored_tokens"]) == (
+    measured = json.loads(result.stdout)
+    rows = {(row["kv_cache_dtype"], row["prefill"]): row for row in measured["results"]}
+    assert list(rows) == [(name, prefill) for name in ("auto", "kivi2") for prefill in ("streaming", "batched")]
+    auto, two, batched = rows["auto", "streaming"], rows["kivi2", "streaming"], rows["kivi2", "batched"]
+    assert (measured["model"], measured["text"], measured["windows"], measured["scored_tokens"]) == (
         "smollm2",
         "persuasion.txt",
         2,
         2 * 384,
     )
     # 30 layers, 3 KV heads, head_dim 64: 16 bits an element, or 2 with a scale and a zero of 16 bits for 32 elements.
-    assert (auto["kv_bytes_per_token"], auto["bits"]) == (30 * 3 * 2 * 64 * 2, 16)
-    assert (two["kv_bytes_per_token"], two["bits"]) == (30 * 3 * 48, 3)
-    assert auto["nll_difference"] == 0 and auto["quantized_tokens"] is None
+    assert (auto["layers"], auto["kv_bytes_per_token"], auto["bits"]) == ({"bfloat16": 30}, 30 * 3 * 2 * 64 * 2, 16)
+    assert (two["layers"], two["kv_bytes_per_token"], two["bits"]) == ({"kivi2": 30}, 30 * 3 * 48, 3)
+    assert auto["kv_bytes_per_window"] >= 512 * auto["kv_bytes_per_token"] > 1.5 * two["kv_bytes_per_window"]
+    assert two["kv_bytes_per_window"] > 512 * two["kv_bytes_per_token"]
+    assert auto["nll_difference"] == 0 and auto["quantized_tokens"] == 0
     # Rows 127 to 191 belong to chunks that start below token 192, which read nothing quantized.
     assert two["quantized_tokens"] == pytest.approx((384 - 65) / 384)
+    assert batched["quantized_tokens"] == 0
     assert 10 < auto["perplexity"] < 100
-    assert two["nll_difference"] > 0.02
+    assert two["nll_difference"] > 0.02 > 0.01 > abs(batched["nll_difference"])
     assert 0 < two["nll_standard_error"] < 0.1
-    assert [line.count("|") for line in evaluate.table(report).splitlines()[2:6]] == [9] * 4
+    assert [line.count("|") for line in ppl.table(measured).splitlines()[2:8]] == [12] * 6
+    assert (tmp_path / "ppl-smollm2.md").read_text() == ppl.table(measured) + "\n"
+    assert json.loads((tmp_path / "ppl-smollm2.json").read_text()) == measured
 
 
 # -- the model ----------------------------------------------------------------------------------------------------

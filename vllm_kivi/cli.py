@@ -36,30 +36,31 @@ def _json_object(text: str) -> dict[str, Any]:
     return value
 
 
-def _add_ppl(commands: Any) -> None:
-    parser = commands.add_parser(
-        "ppl",
-        help="perplexity read through the real cache",
-        description="Feed a text through the vLLM engine in small prefill chunks, so that almost every scored token "
-        "attends to quantized pages, and compare its perplexity with that of the model's own cache (auto).",
-    )
+def _depth(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 100:
+        raise argparse.ArgumentTypeError(f"{text} is not in [0, 100]")
+    return value / 100
+
+
+def _add_engine(parser: argparse.ArgumentParser, parallel: int) -> None:
+    """Options of every measurement: which caches to compare, on which model."""
     parser.add_argument("model", help="a model folder or name, as for vllm serve")
-    parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="plain UTF-8 text")
     parser.add_argument(
         "--kv-cache-dtype",
         action="append",
         required=True,
         dest="kv_cache_dtypes",
-        metavar="NAME",
-        help="what to measure next to auto; repeat for several",
+        metavar="NAME[:OPTION=VALUE,...]",
+        help="what to measure next to the baseline; repeat for several. Options of the kivi plugin after a colon apply "
+        "to this one alone, e.g. kivi2:group_size=64,sink_tokens=4",
     )
-    parser.add_argument("--chunk", type=_positive, default=64, help="tokens of a prefill chunk (default %(default)s)")
-    parser.add_argument("--window", type=_positive, default=2048, help="tokens of a window (default %(default)s)")
-    parser.add_argument("--tokens", type=_positive, help="tokens of the text to use (default: all)")
     parser.add_argument(
-        "--skip", type=_share, default=0.25, help="share of each window that is context only (default %(default)s)"
+        "--baseline", default="auto", metavar="NAME", help="what the others are compared with (default %(default)s)"
     )
-    parser.add_argument("--parallel", type=_positive, default=4, help="windows side by side (default %(default)s)")
+    parser.add_argument(
+        "--parallel", type=_positive, default=parallel, help="requests side by side (default %(default)s)"
+    )
     parser.add_argument("--dtype", default="auto", help="the model's dtype, as for vllm serve (default %(default)s)")
     parser.add_argument(
         "--additional-config",
@@ -69,18 +70,119 @@ def _add_ppl(commands: Any) -> None:
         help='as for vllm serve, e.g. \'{"kivi": {"group_size": 64}}\'',
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="also write the table and the JSON there")
+
+
+def _add_chunk(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--chunk", type=_positive, default=64, help="tokens of a prefill chunk (default %(default)s)")
+
+
+def _add_ppl(commands: Any) -> None:
+    parser = commands.add_parser(
+        "ppl",
+        help="perplexity read through the real cache",
+        description="Feed a text through the vLLM engine in small prefill chunks, so that almost every scored token "
+        "attends to quantized pages, and compare its perplexity with that of the model's own cache (auto).",
+    )
+    _add_engine(parser, parallel=4)
+    _add_chunk(parser)
+    parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="plain UTF-8 text")
+    parser.add_argument("--window", type=_positive, default=2048, help="tokens of a window (default %(default)s)")
+    parser.add_argument("--tokens", type=_positive, help="tokens of the text to use (default: all)")
+    parser.add_argument(
+        "--skip", type=_share, default=0.25, help="share of each window that is context only (default %(default)s)"
+    )
+    parser.add_argument(
+        "--prefill",
+        nargs="+",
+        choices=("streaming", "batched"),
+        default=("streaming", "batched"),
+        help="in small chunks that read the cache, whole windows at once that do not, or both (default)",
+    )
     parser.set_defaults(run=_run_ppl)
 
 
 def _run_ppl(args: argparse.Namespace) -> str:
-    from vllm_kivi import evaluate
+    from vllm_kivi.evaluate import ppl
 
-    names = [field for field in evaluate.Settings.__dataclass_fields__ if field != "kv_cache_dtypes"]
-    settings = evaluate.Settings(
-        kv_cache_dtypes=tuple(args.kv_cache_dtypes), **{name: getattr(args, name) for name in names}
+    report = ppl.run(_settings(ppl.Settings, args))
+    return _finish(args, "ppl", report, ppl.table(report))
+
+
+def _add_retrieval(commands: Any, measure: str, what: str) -> None:
+    parser = commands.add_parser(
+        measure,
+        help=f"find {what} in long texts through the real cache",
+        description=f"Hide {what} at several depths of texts of several lengths, prefill them in small chunks through "
+        "the vLLM engine, so that the answer reads quantized pages, and compare greedy answers with those of the "
+        "model's own cache (auto).",
     )
-    report = evaluate.run(settings)
-    return json.dumps(report, indent=2) if args.json else evaluate.table(report)
+    _add_engine(parser, parallel=8)
+    _add_chunk(parser)
+    needle = measure == "needle"
+    parser.add_argument(
+        "--text",
+        type=Path,
+        metavar="FILE",
+        required=needle,
+        help="plain UTF-8 text to hide it in" + ("" if needle else " (default: a few sentences, repeated)"),
+    )
+    parser.add_argument(
+        "--lengths",
+        type=_positive,
+        nargs="+",
+        default=(512, 1024, 2048, 4096),
+        help="tokens of the whole prompts (default 512 1024 2048 4096)",
+    )
+    parser.add_argument(
+        "--depths",
+        type=_depth,
+        nargs="+",
+        default=(0.0, 0.25, 0.5, 0.75, 1.0),
+        metavar="PERCENT",
+        help="where in the text, 0 is its start (default 0 25 50 75 100)",
+    )
+    parser.add_argument(
+        "--samples", type=_positive, default=4, help="prompts of each length and depth (default %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of texts and answers (default %(default)s)")
+    if needle:
+        parser.add_argument(
+            "--needle", metavar="TEXT", help="the sentence to hide (default: a password, new each time)"
+        )
+        parser.add_argument("--question", metavar="TEXT", help="how prompts end, e.g. 'Question: ...? Answer:'")
+        parser.add_argument("--answer", metavar="TEXT", help="what a right answer contains, in any case")
+    else:
+        parser.set_defaults(needle=None, question=None, answer=None)
+    parser.set_defaults(run=_run_retrieval, measure=measure)
+
+
+def _run_retrieval(args: argparse.Namespace) -> str:
+    from vllm_kivi.evaluate import heatmap, retrieval
+
+    report = retrieval.run(_settings(retrieval.Settings, args))
+    return _finish(args, args.measure, report, retrieval.table(report), heatmap.draw)
+
+
+def _settings(kind: Any, args: argparse.Namespace) -> Any:
+    """Settings of this kind from the options of the same names; lists become tuples."""
+    values = {name: getattr(args, name) for name in kind.__dataclass_fields__}
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def _finish(args: argparse.Namespace, measure: str, report: dict[str, Any], table: str, draw: Any = None) -> str:
+    """What to print; writes the files that were asked for. A picture that cannot be drawn costs no result."""
+    from vllm_kivi.evaluate import EvalError
+    from vllm_kivi.evaluate.report import save
+
+    if args.output is not None:
+        stem = save(args.output, measure, report, table)
+        if draw is not None:
+            try:
+                draw(report, stem.with_name(f"{stem.name}.png"))
+            except EvalError as error:
+                print(f"vllm-kivi: {error}", file=sys.stderr)
+    return json.dumps(report, indent=2) if args.json else table
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -88,7 +190,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"vllm-kivi {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     evaluate = commands.add_parser("eval", help="measure what the quantized cache costs in quality")
-    _add_ppl(evaluate.add_subparsers(required=True, metavar="MEASURE"))
+    measures = evaluate.add_subparsers(required=True, metavar="MEASURE")
+    _add_ppl(measures)
+    _add_retrieval(measures, "passkey", "a number")
+    _add_retrieval(measures, "needle", "a sentence")
     return parser
 
 

@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kBlocksPerMultiprocessor)
   using Kernel = Decoder<T, D, K_BITS, V_BITS>;
   constexpr int kElements = 32 * Kernel::kBlocks;  // float4 of an item's sums
   extern __shared__ __align__(128) char shared[];
-  __shared__ __align__(8) uint64_t barriers[kMaxWarps][4];
+  __shared__ __align__(8) uint64_t barriers[kMaxWarps][kMaxStages];
   __shared__ float2 extremes[kMaxWarps][2][kColumns];  // of a warp's first and last segment
   __shared__ Segment segments[kMaxWarps][2];
   __shared__ Place places[kMaxWarps];

@@ -12,7 +12,7 @@ constexpr int kHalfTokens = 32;                                    // tokens of 
 constexpr int kTileCost = 2;   // a unit of tiles
 constexpr int kStartCost = 4;  // to begin with an item
 constexpr int kMinCost = 4;    // of a part: less is not worth a merge
-constexpr int kMaxWarps = 4;
+constexpr int kMaxWarps = 4, kMaxStages = 4;
 constexpr int kBlocksPerMultiprocessor = 2;  // by registers
 
 // Halves that are attended at once, by registers.
@@ -49,7 +49,7 @@ struct DecodeParams {
   float scale;             // of scores as exponents of 2
   float cap, cap_inverse;  // of such scores, 0 is off; 2 log2(e) / cap
   int32_t log_group_size;
-  int32_t log_unit_tiles;  // tiles of a unit
+  int32_t log_unit_tiles;  // 0 or 1: tiles of a unit are 2^this
   int32_t first_plain;     // unit of tiles without sinks
 
   int32_t num_stages;

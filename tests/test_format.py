@@ -12,6 +12,7 @@ import itertools
 import math
 import re
 import struct
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,16 @@ import torch
 
 from vllm_kivi import format as kivi_format
 from vllm_kivi import reference
-from vllm_kivi.format import DTYPE_BYTES, GROUP_SIZES, HEAD_DIMS, LAYOUT_FIELDS, MAX_HIT_STEP, PRESETS, KVFormat
+from vllm_kivi.format import (
+    DTYPE_BYTES,
+    GROUP_SIZES,
+    HEAD_DIMS,
+    LAYOUT_FIELDS,
+    MAX_HIT_STEP,
+    PRESETS,
+    KVFormat,
+    head_bytes,
+)
 
 ROOT = Path(__file__).parent.parent
 PRECISION = {"bfloat16": 8, "float16": 11, "float32": 24}  # bits of the significand
@@ -382,6 +392,12 @@ def test_layout_lists_the_fields_in_order():
     assert KVFormat("kivi2", 64, 1, "bfloat16", full_precision=True).layout()[9] == 1
 
 
+@pytest.mark.parametrize("fmt", ALL_FORMATS, ids=name_of)
+def test_head_bytes_are_those_of_the_format(fmt):
+    whole = fmt.element_bytes, fmt.page_bytes // fmt.num_kv_heads, fmt.full_page_bytes // fmt.num_kv_heads
+    assert head_bytes(fmt.layout()) == whole
+
+
 def documented_table() -> list[list[str]]:
     text = (ROOT / "docs" / "FORMAT.md").read_text()
     rows = re.findall(r"^\| (kivi\w+ .*) \|$", text, re.MULTILINE)
@@ -423,7 +439,7 @@ def test_format_is_pure_arithmetic():
     tree = ast.parse(Path(kivi_format.__file__).read_text())
     imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     imported |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    assert imported == {"__future__", "math", "dataclasses"}
+    assert {name.split(".")[0] for name in imported} <= sys.stdlib_module_names
 
 
 if __name__ == "__main__":

@@ -127,7 +127,8 @@ SERVED = ("store", "gather", "decode")
 def test_triton_serves_a_gpu_without_compiled_kernels(
     is_built: bool, warnings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    triton_ops = pytest.importorskip("vllm_kivi.triton_ops")
+    from vllm_kivi import triton_ops
+
     if not is_built:
         monkeypatch.setattr(ops, "load_extension", ops.load_extension.__wrapped__)
         monkeypatch.setitem(sys.modules, "vllm_kivi._C", None)
@@ -141,7 +142,8 @@ def test_triton_serves_a_gpu_without_compiled_kernels(
 
 
 def test_triton_serves_what_decode_is_not_compiled_for(warnings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    triton_ops = pytest.importorskip("vllm_kivi.triton_ops")
+    from vllm_kivi import triton_ops
+
     extension = ops.load_extension()
     monkeypatch.setattr(ops, "_try_compiled", lambda *_: (extension, "", "kivi: head sizes: 64 128 256"))
     serving = ops._serving.__wrapped__(GPU, tuple(FMT.layout()))

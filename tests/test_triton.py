@@ -99,7 +99,6 @@ def triton_serves(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(ON_GPU or INTERPRETED, reason="the tests below run in this process")
 def test_in_the_interpreter() -> None:
-    pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
     result = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -42,7 +42,9 @@ at which prefix hits can land, at most MAX_HIT_STEP (or N, if that is more).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 GROUP_SIZES = (32, 64, 128)
@@ -235,3 +237,25 @@ class KVFormat:
     def layout(self) -> list[int]:
         """What the ops take: one integer per name in LAYOUT_FIELDS."""
         return [int(getattr(self, name)) for name in LAYOUT_FIELDS]
+
+
+class HeadBytes(NamedTuple):
+    """Of one KV head: a full-precision element, and what a quantized and a full-precision page take."""
+
+    element: int
+    quantized_page: int
+    full_page: int
+
+
+def head_bytes(layout: Sequence[int]) -> HeadBytes:
+    """What a flat list from `KVFormat.layout` says of sizes, for those who have nothing but the list."""
+    fields = dict(zip(LAYOUT_FIELDS, layout, strict=True))
+    if fields["full_precision"]:
+        vectors_bytes, vectors = fields["v_codes_offset"], fields["group_size"]  # the keys of a tile
+    else:
+        vectors_bytes, vectors = fields["k_zero_offset"] - fields["k_scale_offset"], 1
+    element = vectors_bytes // (vectors * fields["head_dim"])
+    tiles = fields["page_tokens"] // fields["group_size"]
+    return HeadBytes(
+        element, tiles * fields["tile_bytes"], fields["full_page_tokens"] * 2 * fields["head_dim"] * element
+    )

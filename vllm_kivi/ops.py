@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vllm_kivi.format import LAYOUT_FIELDS
+from vllm_kivi.format import LAYOUT_FIELDS, head_bytes
 
 # Under vLLM's own logger, so that its level and handlers apply.
 logger = logging.getLogger("vllm.kivi")
@@ -119,15 +119,11 @@ def _try_compiled(device: torch.device, layout: tuple[int, ...]) -> tuple[Any, s
     if not torch._C._dispatch_has_kernel_for_dispatch_key("vllm_kivi::decode", "CUDA"):
         reason = "kivi: the compiled extension has no CUDA kernels"
         return ops, reason, reason
-    fields = dict(zip(LAYOUT_FIELDS, layout, strict=True))
-    full, head_dim, group_size = fields["full_precision"], fields["head_dim"], fields["group_size"]
-    channel_bytes = (
-        fields["v_codes_offset"] // group_size if full else fields["k_zero_offset"] - fields["k_scale_offset"]
-    )
-    dtype = torch.float32 if channel_bytes == 4 * head_dim else torch.bfloat16
-    rows = torch.zeros(1, fields["num_kv_heads"], head_dim, dtype=dtype, device=device)
-    sizes = fields["page_tokens"] // group_size * fields["tile_bytes"], 2 * fields["full_page_tokens"] * channel_bytes
-    pages = [torch.zeros(1, fields["num_kv_heads"], size, dtype=torch.uint8, device=device) for size in sizes]
+    element, *page_sizes = head_bytes(layout)
+    num_kv_heads, head_dim = (layout[LAYOUT_FIELDS.index(name)] for name in ("num_kv_heads", "head_dim"))
+    dtype = torch.float32 if element == 4 else torch.bfloat16
+    rows = torch.zeros(1, num_kv_heads, head_dim, dtype=dtype, device=device)
+    pages = [torch.zeros(1, num_kv_heads, size, dtype=torch.uint8, device=device) for size in page_sizes]
     table, ints = torch.zeros(1, 1, dtype=torch.int32, device=device), torch.zeros(2, dtype=torch.int32, device=device)
     batch = *pages, table, table, ints, ints
     try:

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vllm_kivi.format import LAYOUT_FIELDS
+from vllm_kivi.format import LAYOUT_FIELDS, head_bytes
 
 TOKENS = tl.constexpr(32)  # of a unit; it divides every group size
 MIN_UNITS = tl.constexpr(4)  # of a split: fewer are not worth a merge
@@ -517,17 +517,15 @@ class _Call:
         fields = dict(zip(LAYOUT_FIELDS, layout, strict=True))
         self.head_dim, self.num_heads = fields["head_dim"], fields["num_kv_heads"]
         self.page_tokens, self.num_requests = fields["page_tokens"], len(ints[0]) - 1
-        tiles, size = fields["page_tokens"] // fields["group_size"], rows.element_size()
-        keys_bytes = fields["v_codes_offset"] if fields["full_precision"] else 0
-        scale_bytes = keys_bytes // fields["group_size"] or fields["k_zero_offset"] - fields["k_scale_offset"]
-        _check(scale_bytes == size * self.head_dim, f"the layout is not for elements of {size} bytes")
+        size = rows.element_size()
+        element, quantized_bytes, full_bytes = head_bytes(layout)
+        _check(element == size, f"the layout is not for elements of {size} bytes")
         fits = all(x.dtype == torch.int32 and x.is_contiguous() and len(x) >= self.num_requests for x in ints)
         _check(fits, "starts and lengths must be int32 and contiguous, one a request")
         quantized, full, quantized_table, full_table = pages
-        full_bytes = fields["full_page_tokens"] * 2 * self.head_dim * size
         shared = self.num_requests, self.num_heads
         self.pages = (
-            _pages(quantized, quantized_table, "quantized_pages", *shared, tiles * fields["tile_bytes"]),
+            _pages(quantized, quantized_table, "quantized_pages", *shared, quantized_bytes),
             _pages(full, full_table, "full_pages", *shared, full_bytes),
         )
         self.layout = (*layout, triton.next_power_of_2(self.head_dim))

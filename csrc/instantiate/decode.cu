@@ -13,7 +13,6 @@ const void* decode_kernel_for(int k_bits, int v_bits);  // in the other files of
 
 namespace {
 
-constexpr int kMaxStages = 4;
 constexpr int kReserved = 2560;  // of shared memory: what the kernel and the driver take per block
 
 struct Device {

@@ -3,7 +3,7 @@
 Runs torch.ops.vllm_kivi.store on rows of a Llama-3.1-8B layer and prints one table, which also goes to
 benchmarks/results/<device>.md. Before it is timed, what it wrote is compared with the reference, byte for byte.
 
-    python benchmarks/bench_store.py [--preset kivi2] [--output FILE]
+    python benchmarks/bench_store.py [--preset kivi2] [--scale-search] [--output FILE]
 """
 
 from __future__ import annotations
@@ -30,13 +30,15 @@ CASES = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="kivi2")
+    parser.add_argument("--scale-search", action="store_true", help="the option of this name")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/<device>.md")
     args = parser.parse_args()
     torch.manual_seed(0)
-    fmt = KVFormat(args.preset, 128, 8, "bfloat16")
+    fmt = KVFormat(args.preset, 128, 8, "bfloat16", scale_search=args.scale_search)
+    name = args.preset + " with scale_search" * args.scale_search
     section = Section(
-        f"Store, {args.preset}",
-        f"{args.preset}, 8 KV heads of 128, bfloat16. Made by benchmarks/bench_store.py.",
+        f"Store, {name}",
+        f"{name}, 8 KV heads of 128, bfloat16. Made by benchmarks/bench_store.py.",
         (Column("rows", "rows"), Column("us", "us", ".1f"), Column("gb_per_s", "GB/s read and written", ",.0f")),
     )
     for title, num_requests, num_rows, num_tokens in CASES:

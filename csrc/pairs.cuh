@@ -71,6 +71,8 @@ __device__ inline float2 from_lane(float2 x, int lane) {
   return {__shfl_sync(~0u, x.x, lane), __shfl_sync(~0u, x.y, lane)};
 }
 
+__device__ inline uint32_t from_lane_xor(uint32_t x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
+
 template <class P>
 __device__ inline P smaller(P a, P b) {
   return __hmin2(a, b);

@@ -16,6 +16,7 @@
   FIELD(residual_length)          \
   FIELD(sink_tokens)              \
   FIELD(full_precision)           \
+  FIELD(scale_search)             \
   FIELD(num_value_groups)         \
   FIELD(k_codes_offset)           \
   FIELD(k_scale_offset)           \

@@ -8,6 +8,9 @@
 // - T of 16 bits: a quotient is a product with the reciprocal in float32. Where operands have 11 bits or fewer, a
 //   quotient is further than 2^-23 (relative) from where rounding to T changes, and the roundings before that add up to
 //   less. A step whose reciprocal is no normal number is first multiplied by a power of two, and so are the elements.
+//
+// A search for a narrower range (docs/FORMAT.md) compares squared errors that are integers, so that neither the order
+// of a sum nor fused multiply-adds matter.
 #pragma once
 
 #include "pairs.cuh"
@@ -43,10 +46,40 @@ struct Scale {
     divisor = step == 0.0f ? 1.0f : step * unit;
     if constexpr (sizeof(T) == 2) divisor = __frcp_rn(divisor);
   }
+
+  // If `cut` is taken off both ends of a range of length `span`, one that a search may narrow.
+  __device__ Scale(float low, float span, float cut) {
+    zero = rounded<T>(__fadd_rn(low, cut)) + 0.0f;
+    scale = rounded<T>(__fdiv_rn(__fsub_rn(span, 2.0f * cut), kLevels));
+    factor = 1.0f;
+    minus_low = -zero;
+    divisor = sizeof(T) == 2 ? __frcp_rn(scale) : scale;
+  }
+
+  // Of the range, or of the narrower one that loses least. error_of(scale, units): the group's squared error.
+  template <class F>
+  static __device__ Scale best(float low, float high, const F& error_of) {
+    const float span = __fsub_rn(high, low), part = __fdiv_rn(span, 40.0f);
+    const bool searched = span >= 0x1p-14f && span <= 0x1p15f;
+    const float units = __uint_as_float(((127u + 127u + 11u) << 23) - (__float_as_uint(span) & 0x7f800000u));
+    uint32_t least = error_of(Scale(low, high), units);
+    least -= least / 64;
+    float cut = 0.0f, best_cut = 0.0f;
+#pragma unroll 1
+    for (int i = 0; i < 7; ++i) {
+      cut = __fadd_rn(cut, part);
+      const uint32_t error = error_of(Scale(low, span, cut), units);
+      if (searched && error < least) {
+        least = error;
+        best_cut = cut;
+      }
+    }
+    return best_cut == 0.0f ? Scale(low, high) : Scale(low, span, best_cut);
+  }
 };
 
-// Of two neighbouring channels.
-template <class T, int BITS>
+// Of two neighbouring channels. NARROW: elements may lie outside of the range.
+template <class T, int BITS, bool NARROW>
 struct Quantizer {
   static constexpr float kLevels = (1 << BITS) - 1;
   Pair<T> factor, minus_low;
@@ -56,27 +89,62 @@ struct Quantizer {
   __device__ Quantizer(Pair<T> first, Pair<T> second, float first_divisor, float second_divisor)
       : factor(firsts(first, second)), minus_low(seconds(first, second)), divisor{first_divisor, second_divisor} {}
 
-  // The codes, in the low bits of a half-word each. Adding a number whose unit is 1 rounds half to even and leaves the
-  // integer in the low bits.
+  // Rounded to an integer this is the code.
+  __device__ Pair<T> quotient(Pair<T> x) const {
+    x = multiply_add(x, factor, minus_low);
+    const float2 offset = to_floats(x);
+    if constexpr (sizeof(T) == 2) {
+      x = Number<T>::pair(__fmul_rn(offset.x, divisor.x), __fmul_rn(offset.y, divisor.y));
+    } else {
+      x = {__fdiv_rn(offset.x, divisor.x), __fdiv_rn(offset.y, divisor.y)};
+    }
+    x = smaller(x, Number<T>::pair(kLevels, kLevels));
+    return NARROW ? larger(x, Number<T>::pair(0.0f, 0.0f)) : x;
+  }
+
+  // Adding a number whose unit is 1 rounds half to even and leaves the integer in the low bits. 8-bit codes need
+  // float32 for it where T is bfloat16.
+  static constexpr bool kIsHalf = Number<T>::kMax < 1e5f;
+  static constexpr bool kRoundsPairs = sizeof(T) == 2 && (kIsHalf || BITS < 8);
+  static constexpr float kUnitIsOne = kIsHalf ? 1536.0f : 192.0f;
+  static constexpr float kUnitIsOneInFloat = 12582912.0f;
+
+  // The codes, in the low bits of a half-word each.
   __device__ uint32_t codes(Pair<T> x) const {
     constexpr uint32_t kMask = ((1u << BITS) - 1) * 0x00010001u;
-    x = multiply_add(x, factor, minus_low);
-    float2 quotient = to_floats(x);
-    if constexpr (sizeof(T) == 2) {
-      x = Number<T>::pair(__fmul_rn(quotient.x, divisor.x), __fmul_rn(quotient.y, divisor.y));
-      x = smaller(x, Number<T>::pair(kLevels, kLevels));
-      constexpr bool kIsHalf = Number<T>::kMax < 1e5f;
-      constexpr float kUnitIsOne = kIsHalf ? 1536.0f : 192.0f;
-      if constexpr (kIsHalf || BITS < 8) {
-        return bits_of(__hadd2_rn(x, Number<T>::pair(kUnitIsOne, kUnitIsOne))) & kMask;
-      }
-      quotient = to_floats(x);
+    x = quotient(x);
+    if constexpr (kRoundsPairs) {
+      return bits_of(__hadd2_rn(x, Number<T>::pair(kUnitIsOne, kUnitIsOne))) & kMask;
     } else {
-      quotient = smaller({__fdiv_rn(quotient.x, divisor.x), __fdiv_rn(quotient.y, divisor.y)}, {kLevels, kLevels});
+      const float2 code = to_floats(x);
+      const uint32_t first = __float_as_uint(__fadd_rn(code.x, kUnitIsOneInFloat));
+      const uint32_t second = __float_as_uint(__fadd_rn(code.y, kUnitIsOneInFloat));
+      return __byte_perm(first, second, 0x5410) & kMask;
     }
-    const uint32_t first = __float_as_uint(__fadd_rn(quotient.x, 12582912.0f));
-    const uint32_t second = __float_as_uint(__fadd_rn(quotient.y, 12582912.0f));
-    return __byte_perm(first, second, 0x5410) & kMask;
+  }
+
+  // Of groups that are searched; `scale` is what is stored.
+  __device__ uint2 squared_errors(Pair<T> x, float2 scale, float2 units) const {
+    float2 code;
+    if constexpr (kRoundsPairs) {
+      const Pair<T> biased = __hadd2_rn(quotient(x), Number<T>::pair(kUnitIsOne, kUnitIsOne));
+      code = to_floats(__hadd2_rn(biased, Number<T>::pair(-kUnitIsOne, -kUnitIsOne)));
+    } else {
+      code = to_floats(quotient(x));
+      code.x = __fadd_rn(__fadd_rn(code.x, kUnitIsOneInFloat), -kUnitIsOneInFloat);
+      code.y = __fadd_rn(__fadd_rn(code.y, kUnitIsOneInFloat), -kUnitIsOneInFloat);
+    }
+    const float2 element = to_floats(x), minus_zero = to_floats(minus_low);
+    return {squared_error(__fadd_rn(element.x, minus_zero.x), code.x, scale.x, units.x),
+            squared_error(__fadd_rn(element.y, minus_zero.y), code.y, scale.y, units.y)};
+  }
+
+ private:
+  static __device__ uint32_t squared_error(float offset, float code, float scale, float units) {
+    scale = __uint_as_float(__float_as_uint(scale) & ~0xffu);  // its products with codes are exact
+    float error = __fmaf_rn(-code, scale, offset);
+    error = __fadd_rn(__fmaf_rn(error, units, kUnitIsOneInFloat), -kUnitIsOneInFloat);
+    return __float_as_uint(__fmaf_rn(error, error, kUnitIsOneInFloat)) & 0x003fffffu;
   }
 };
 

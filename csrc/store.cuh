@@ -12,6 +12,9 @@
 // - values: a token's group of channels is in 16 or 32 lanes, which find all eight minima at once, halving what each
 //   lane has at each step; a lane has all codes of its words.
 //
+// With scale_search each group is quantized for eight ranges, from registers where it has 32 elements: about 100
+// instructions an element. A kernel of its own, so that without the search nothing changes.
+//
 // Decoding is bound by a chain of dependent loads (rows' starts, block table, page); prefill by memory, if instructions
 // stay below about 20 an element.
 #pragma once
@@ -43,8 +46,18 @@ __device__ inline void load_tokens(Pair<T> (&x)[8], const char* const* rows, int
   for (int i = 0; i < 8; ++i) x[i] = finite<T>(x[i]);
 }
 
+// Of a lane's group. error_of: see Scale::best.
+template <bool SEARCH, class T, int BITS, class F>
+__device__ inline Scale<T, BITS> scale_of(float low, float high, const F& error_of) {
+  if constexpr (SEARCH) {
+    return Scale<T, BITS>::best(low + 0.0f, high + 0.0f, error_of);
+  } else {
+    return Scale<T, BITS>(low, high);
+  }
+}
+
 // Keys of channels 16 * unit to 16 * unit + 15, all tokens. rows: addresses of the group's tokens.
-template <class T, int BITS>
+template <class T, int BITS, bool SEARCH>
 __device__ inline void quantize_keys(const Layout& layout, const char* const* rows, bool aligned, int unit, int lane,
                                      char* tile) {
   using Codes = KeyCodes<BITS>;
@@ -69,19 +82,43 @@ __device__ inline void quantize_keys(const Layout& layout, const char* const* ro
   }
   // Lanes 0-7 and 16-23 compute the first channel's scale, the others the second one's.
   const bool is_second = lane & 8;
+  const int first_lane = lane & ~8, second_lane = lane | 8;
+  const auto of_channels = [&](float x) -> float2 {
+    return {__shfl_sync(~0u, x, first_lane), __shfl_sync(~0u, x, second_lane)};
+  };
+  const auto quantizer_of = [&](const Scale<T, BITS>& scale) {
+    const Pair<T> terms = Number<T>::pair(scale.factor, scale.minus_low);
+    const float2 divisors = of_channels(scale.divisor);
+    return Quantizer<T, BITS, SEARCH>(from_lane(terms, first_lane), from_lane(terms, second_lane), divisors.x,
+                                      divisors.y);
+  };
+  const auto error_of = [&](const Scale<T, BITS>& scale, float unit) {
+    const Quantizer<T, BITS, SEARCH> quantizer = quantizer_of(scale);
+    const float2 scales = of_channels(scale.scale), units = of_channels(unit);
+    uint32_t first = 0, second = 0;
+#pragma unroll 1
+    for (int run = 0; run < num_runs; ++run) {
+      if (num_runs > 1) load(run);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const uint2 errors = quantizer.squared_errors(x[i], scales, units);
+        first += errors.x;
+        second += errors.y;
+      }
+    }
+    const uint32_t sum = (is_second ? second : first) + __shfl_xor_sync(~0u, is_second ? first : second, 8);
+    return sum + __shfl_xor_sync(~0u, sum, 16);
+  };
   const float2 lows = to_floats(low), highs = to_floats(high);
-  const Scale<T, BITS> own(is_second ? lows.y : lows.x, is_second ? highs.y : highs.x);
+  const Scale<T, BITS> own =
+      scale_of<SEARCH, T, BITS>(is_second ? lows.y : lows.x, is_second ? highs.y : highs.x, error_of);
   if (lane < 16) {
     const int offset = (channel + is_second) * int(sizeof(T));
     const Pair<T> stored = Number<T>::pair(own.scale, own.zero);
     *reinterpret_cast<T*>(tile + layout.k_scale_offset + offset) = stored.x;
     *reinterpret_cast<T*>(tile + layout.k_zero_offset + offset) = stored.y;
   }
-  const int first_lane = lane & ~8, second_lane = lane | 8;
-  const Pair<T> terms = Number<T>::pair(own.factor, own.minus_low);
-  const Quantizer<T, BITS> quantizer(from_lane(terms, first_lane), from_lane(terms, second_lane),
-                                     __shfl_sync(~0u, own.divisor, first_lane),
-                                     __shfl_sync(~0u, own.divisor, second_lane));
+  const Quantizer<T, BITS, SEARCH> quantizer = quantizer_of(own);
 #pragma unroll 1
   for (int run = num_runs - 1; run >= 0; --run) {
     if (run < num_runs - 1) load(run);
@@ -98,7 +135,7 @@ __device__ inline void quantize_keys(const Layout& layout, const char* const* ro
 }
 
 // Values of tokens 8 * octet to 8 * octet + 7 and `span` channels: whole groups, one or two times 64 channels.
-template <class T, int BITS>
+template <class T, int BITS, bool SEARCH>
 __device__ inline void quantize_values(const Layout& layout, const char* const* rows, bool aligned, int octet,
                                        int first_channel, int span, int lane, char* tile) {
   using Codes = ValueCodes<BITS>;
@@ -120,19 +157,42 @@ __device__ inline void quantize_values(const Layout& layout, const char* const* 
     for (int i = 0; i < 8; ++i) range[i] = smaller(range[i], range_of(x[i]));
   }
   // Each step exchanges half of the tokens; what is left at the end is token lane % 8.
+  const auto of_token = [&](auto(&each)[8], const auto& combined) {
 #pragma unroll
-  for (int width = 4; width > 0; width /= 2) {
-    const bool upper = lane & width;
+    for (int width = 4; width > 0; width /= 2) {
+      const bool upper = lane & width;
 #pragma unroll
-    for (int i = 0; i < width; ++i) {
-      const Pair<T> kept = chosen(upper, range[i + width], range[i]), sent = chosen(upper, range[i], range[i + width]);
-      range[i] = smaller(kept, from_lane_xor(sent, width));
+      for (int i = 0; i < width; ++i) {
+        const auto kept = chosen(upper, each[i + width], each[i]), sent = chosen(upper, each[i], each[i + width]);
+        each[i] = combined(kept, from_lane_xor(sent, width));
+      }
     }
-  }
-  range[0] = smaller(range[0], from_lane_xor(range[0], 8));
-  if (group_size > 32) range[0] = smaller(range[0], from_lane_xor(range[0], 16));
-  const float2 limits = to_floats(range[0]);
-  const Scale<T, BITS> own(limits.x, -limits.y);
+    each[0] = combined(each[0], from_lane_xor(each[0], 8));
+    return group_size > 32 ? combined(each[0], from_lane_xor(each[0], 16)) : each[0];
+  };
+  const auto quantizer_of = [&](const Scale<T, BITS>& scale, int token) {
+    const Pair<T> terms = from_lane(Number<T>::pair(scale.factor, scale.minus_low), (lane & ~7) | token);
+    const float divisor = __shfl_sync(~0u, scale.divisor, (lane & ~7) | token);
+    return Quantizer<T, BITS, SEARCH>(terms, terms, divisor, divisor);
+  };
+  const auto error_of = [&](const Scale<T, BITS>& scale, float unit) {
+    uint32_t sums[8] = {};
+#pragma unroll 1
+    for (int chunk = 0; chunk < num_chunks; ++chunk) {
+      if (num_chunks > 1) load(chunk);
+      const bool is_channel = first_channel + 64 * chunk + 2 * lane < head_dim;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const float own_scale = __shfl_sync(~0u, scale.scale, (lane & ~7) | i);
+        const float own_unit = __shfl_sync(~0u, unit, (lane & ~7) | i);
+        const uint2 errors = quantizer_of(scale, i).squared_errors(x[i], {own_scale, own_scale}, {own_unit, own_unit});
+        sums[i] += is_channel ? errors.x + errors.y : 0;
+      }
+    }
+    return of_token(sums, [](uint32_t a, uint32_t b) { return a + b; });
+  };
+  const float2 limits = to_floats(of_token(range, [](Pair<T> a, Pair<T> b) { return smaller(a, b); }));
+  const Scale<T, BITS> own = scale_of<SEARCH, T, BITS>(limits.x, -limits.y, error_of);
   const int group = (first_channel + 2 * lane) >> (__ffs(group_size) - 1);
   if ((lane & (min(group_size / 2, 32) - 1)) < 8 && group < layout.num_value_groups) {
     const int offset = (group * group_size + 8 * octet + lane % 8) * int(sizeof(T));
@@ -140,17 +200,13 @@ __device__ inline void quantize_values(const Layout& layout, const char* const* 
     *reinterpret_cast<T*>(tile + layout.v_scale_offset + offset) = stored.x;
     *reinterpret_cast<T*>(tile + layout.v_zero_offset + offset) = stored.y;
   }
-  const Pair<T> own_terms = Number<T>::pair(own.factor, own.minus_low);
 #pragma unroll 1
   for (int chunk = num_chunks - 1; chunk >= 0; --chunk) {
     if (chunk < num_chunks - 1) load(chunk);
     Halves<BITS> halves;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const Pair<T> terms = from_lane(own_terms, (lane & ~7) | i);
-      const float divisor = __shfl_sync(~0u, own.divisor, (lane & ~7) | i);
-      const Quantizer<T, BITS> quantizer(terms, terms, divisor, divisor);
-      halves.add(i, quantizer.codes(x[i]));
+      halves.add(i, quantizer_of(own, i).codes(x[i]));
     }
     const int channel = first_channel + 64 * chunk + 2 * lane;
     if (channel < head_dim) {
@@ -181,10 +237,15 @@ __device__ inline NewToken locate(const Batch& batch, int row) {
   return {request, first, num_tokens - (end - row)};
 }
 
-template <class T, int K_BITS, int V_BITS>
-__global__ void __launch_bounds__(kStoreThreads, sizeof(T) == 4 ? 2 : 4)
+// Of a multiprocessor: as many as have the registers they need.
+template <class T, bool SEARCH>
+constexpr int kStoreBlocks = sizeof(T) == 4 ? 2 : (SEARCH ? 3 : 4);
+
+template <class T, int K_BITS, int V_BITS, bool SEARCH>
+__global__ void __launch_bounds__(kStoreThreads, kStoreBlocks<T, SEARCH>)
     store_kernel(const __grid_constant__ StoreParams params, int num_rows, int rows_per_block, bool aligned) {
   constexpr int kWarps = kStoreThreads / 32;
+  constexpr bool kSearchKeys = SEARCH && (K_BITS < 8), kSearchValues = SEARCH && (V_BITS < 8);
   const Layout& layout = params.layout;
   const int head = blockIdx.x % layout.num_kv_heads, first_row = blockIdx.x / layout.num_kv_heads * rows_per_block;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -245,10 +306,10 @@ __global__ void __launch_bounds__(kStoreThreads, sizeof(T) == 4 ? 2 : 4)
     for (int unit = warp; unit < key_units + octets * spans; unit += kWarps) {
       const int value_unit = unit - key_units;
       if (value_unit < 0) {
-        quantize_keys<T, K_BITS>(layout, keys, aligned, unit, lane, tile);
+        quantize_keys<T, K_BITS, kSearchKeys>(layout, keys, aligned, unit, lane, tile);
       } else {
         const int octet = value_unit & (octets - 1), first_channel = (value_unit >> (__ffs(octets) - 1)) * span;
-        quantize_values<T, V_BITS>(layout, values, aligned, octet, first_channel, span, lane, tile);
+        quantize_values<T, V_BITS, kSearchValues>(layout, values, aligned, octet, first_channel, span, lane, tile);
       }
     }
   }

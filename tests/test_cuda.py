@@ -86,14 +86,15 @@ def test_store_equals_the_reference(seed: int) -> None:
         assert_same_bytes(pool, expected)
 
 
+@pytest.mark.parametrize("scale_search", [False, True])
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_store_every_value_of_a_16_bit_type(dtype: str, preset: str) -> None:
+def test_store_every_value_of_a_16_bit_type(dtype: str, preset: str, scale_search: bool) -> None:
     """All 65,536 bit patterns in groups of neighbours, of strangers, and of one magnitude with either sign."""
     patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     magnitudes = patterns.view(2, -1).transpose(0, 1).reshape(-1)
     shuffled = patterns[torch.randperm(2**16, generator=torch.Generator().manual_seed(0))]
-    fmt = KVFormat(preset, 64, num_kv_heads=1, dtype=dtype)
+    fmt = KVFormat(preset, 64, num_kv_heads=1, dtype=dtype, scale_search=scale_search)
     for x in (patterns, magnitudes, shuffled):
         key = x.contiguous().view(getattr(torch, dtype)).view(-1, 1, 64)
         expected = Pool(fmt, [len(key)])
@@ -175,10 +176,11 @@ def test_store_strided_rows(offset: int, dtype: str) -> None:
     assert_same_bytes(pool, expected)
 
 
-@pytest.mark.parametrize("full_precision", [False, True])
-def test_store_in_a_cuda_graph(full_precision: bool) -> None:
+@pytest.mark.parametrize("option", ["none", "full_precision", "scale_search"])
+def test_store_in_a_cuda_graph(option: str) -> None:
     """A captured step is replayed with other tokens, lengths and tables; requests come and go, rows are padding."""
-    fmt = KVFormat("kivi2", 128, num_kv_heads=2, dtype="bfloat16", full_precision=full_precision)
+    options = {} if option == "none" else {option: True}
+    fmt = KVFormat("kivi2", 128, num_kv_heads=2, dtype="bfloat16", **options)
     rng, generator = random.Random(0), torch.Generator().manual_seed(0)
     max_rows, num_reqs = 24, 5
     expected = Pool(fmt, [200] * num_reqs)

@@ -7,6 +7,7 @@ with the reference and computes its own offsets, so that a mistake in either sho
 from __future__ import annotations
 
 import ast
+import dataclasses
 import hashlib
 import itertools
 import math
@@ -30,6 +31,7 @@ from vllm_kivi.format import (
     KVFormat,
     head_bytes,
 )
+from vllm_kivi.options import KiviOptions
 
 ROOT = Path(__file__).parent.parent
 PRECISION = {"bfloat16": 8, "float16": 11, "float32": 24}  # bits of the significand
@@ -84,6 +86,38 @@ def quantized_group(group: list[float], bits: int, dtype: str) -> tuple[list[int
     return [round(min(max(q, 0.0), float(levels))) for q in quotients], scale, low
 
 
+def searched_group(group: list[float], bits: int, dtype: str) -> tuple[list[int], float, float]:
+    """docs/FORMAT.md, word by word. float64 has room for the float32 operations: rounding its results is exact."""
+    low, levels = min(group), 2**bits - 1
+
+    def f32(x: float) -> float:
+        return rounded(x, "float32")
+
+    span = f32(max(group) - low)
+    units = 2.0 ** (12 - math.frexp(span)[1])
+
+    def loss(codes: list[int], scale: float, zero: float) -> int:
+        mantissa, exponent = math.frexp(scale)
+        short = math.ldexp(math.floor(mantissa * 2**16), exponent - 16)
+        errors = (f32(f32(x - zero) - code * short) * units for x, code in zip(group, codes, strict=True))
+        return sum(round(error) ** 2 for error in errors)
+
+    best = quantized_group(group, bits, dtype)
+    if not 2**-14 <= span <= 2**15 or bits == 8:
+        return best
+    least = loss(*best)
+    least -= least // 64
+    cut, part = 0.0, f32(span / 40)
+    for _ in range(7):
+        cut = f32(cut + part)
+        zero, scale = rounded(f32(low + cut), dtype), rounded(f32(f32(span - 2 * cut) / levels), dtype)
+        quotients = (rounded(rounded(x - zero, dtype) / scale, dtype) for x in group)
+        narrow = [round(min(max(q, 0.0), float(levels))) for q in quotients], scale, zero
+        if loss(*narrow) < least:
+            best, least = narrow, loss(*narrow)
+    return best
+
+
 def expected_tile(fmt: KVFormat, first_token: int, head: int) -> bytes:
     dim, group_size, dtype = fmt.head_dim, fmt.group_size, fmt.dtype
     tokens = range(first_token, first_token + group_size)
@@ -92,6 +126,7 @@ def expected_tile(fmt: KVFormat, first_token: int, head: int) -> bytes:
     if fmt.full_precision:
         return b"".join(encoded(x, dtype) for row in k + v for x in row)
 
+    quantized = searched_group if fmt.scale_search else quantized_group
     k_bits, v_bits = PRESETS[fmt.preset]
     k_codes = bytearray(dim * group_size * k_bits // 8)
     v_codes = bytearray(dim * group_size * v_bits // 8)
@@ -105,7 +140,7 @@ def expected_tile(fmt: KVFormat, first_token: int, head: int) -> bytes:
     k_scale = k_zero = b""
     channels_of_word = 32 // k_bits
     for d in range(dim):
-        codes, scale, zero = quantized_group([k[t][d] for t in range(group_size)], k_bits, dtype)
+        codes, scale, zero = quantized([k[t][d] for t in range(group_size)], k_bits, dtype)
         k_scale, k_zero = k_scale + encoded(scale, dtype), k_zero + encoded(zero, dtype)
         for t, code in enumerate(codes):
             put(k_codes, d // channels_of_word * group_size + t, k_bits * (d % channels_of_word), code)
@@ -114,7 +149,7 @@ def expected_tile(fmt: KVFormat, first_token: int, head: int) -> bytes:
     slots = 16 // v_bits
     for first_channel in range(0, dim, group_size):
         for t in range(group_size):
-            codes, scale, zero = quantized_group(v[t][first_channel : first_channel + group_size], v_bits, dtype)
+            codes, scale, zero = quantized(v[t][first_channel : first_channel + group_size], v_bits, dtype)
             v_scale, v_zero = v_scale + encoded(scale, dtype), v_zero + encoded(zero, dtype)
             for d, code in enumerate(codes, first_channel):
                 s = 4 * d + t % 4
@@ -177,6 +212,11 @@ GOLDEN_PAGES = {
     "kivi8-96-64-float32": "25bf2f83a3142a4a8a446edfd50d6878b3c4850efc289ca69e035d54b9d842dd",
     "kivi8-128-32-float16": "1a1536b2c03dfa2652fae0de3d005d92dc922357e4f5168badf6e8ccac94ce8e",
     "kivi_k4v2-256-32-bfloat16": "c3cec65bbb0aceb7aaf8c6dad8c66a2910ee98cc5b9f37054e19ea4c132143cd",
+    "kivi2-64-32-bfloat16-search": "59996a39fb0c1bd5f163376a3f50590a274cd58a5ad8c1b74228ff58e974d204",
+    "kivi2-128-64-float16-search": "1635b871f7a96b663e7f67233cf10ef6f35eb77210763f222bd1b89444ec2746",
+    "kivi_k4v2-96-64-float32-search": "ae5a13a8c88765852499bc7689399e77215bf1aa9fd56e97208aab82ba425fff",
+    "kivi4-80-128-bfloat16-search": "d5c142d38805e46bf5eb0e08134b2051f28d3a1650cf6c7ef7364fc49ce9f5cf",
+    "kivi8-64-32-bfloat16-search": "49d8487de750be6f81408e43b0beeed50fa1512e65e18045adfe3efc6962f399",
     "kivi2-64-32-bfloat16-full": "20ae821349d888aa576279c6003d98a1faee27c345136636d8d788b78e42d438",
 }
 
@@ -234,9 +274,8 @@ GOLDEN_TILE = {
 def golden_format(name: str) -> KVFormat:
     preset, head_dim, group_size, dtype = name.split("-")[:4]
     tokens = 2 * int(group_size)
-    return KVFormat(
-        preset, int(head_dim), 2, dtype, int(group_size), page_tokens=tokens, full_precision=name.endswith("-full")
-    )
+    options = {"full_precision": name.endswith("-full"), "scale_search": name.endswith("-search")}
+    return KVFormat(preset, int(head_dim), 2, dtype, int(group_size), page_tokens=tokens, **options)
 
 
 @pytest.mark.parametrize("name", GOLDEN_PAGES)
@@ -366,12 +405,22 @@ def test_boundary(residual_length, group_size, expected):
         ({"padded_page_bytes": 1535}, "1535 bytes cannot hold 1536 bytes"),
         ({"residual_length": -1}, "residual_length=-1 must be 0 or more"),
         ({"sink_tokens": -1}, "sink_tokens=-1 must be 0 or more"),
+        ({"scale_search": 8}, "scale_search=8 .*accepted: True, False"),
     ),
 )
 def test_bad_formats_name_the_option(changes, message):
     arguments = {"preset": "kivi2", "head_dim": 64, "num_kv_heads": 1, "dtype": "bfloat16"} | changes
     with pytest.raises(ValueError, match=message):
         KVFormat(**arguments)
+
+
+@pytest.mark.parametrize("value", (1, "yes", None))
+def test_scale_search_is_true_or_false(value):
+    assert KiviOptions.from_additional_config({}).scale_search is False
+    options = KiviOptions.from_additional_config({"kivi": {"scale_search": True}})
+    assert options.format("kivi2", 64, 1, "bfloat16").scale_search is True
+    with pytest.raises(ValueError, match=f"scale_search={value!r} .*accepted: true, false"):
+        KiviOptions.from_additional_config({"kivi": {"scale_search": value}})
 
 
 # ----------------------------------------------------------------------------------------------------- the other copies
@@ -386,10 +435,19 @@ def test_layout_fields_are_those_of_params_h():
 
 def test_layout_lists_the_fields_in_order():
     fmt = KVFormat("kivi_k4v2", 80, 5, "float32", 64, 96, 4, 128, full_precision=False)
-    assert fmt.layout()[:11] == [80, 5, 4, 2, 64, 128, fmt.full_page_tokens, 96, 4, 0, 2]
-    assert fmt.layout()[11:] == [offset for offset, _ in sections(fmt).values()] + [fmt.tile_bytes]
+    assert fmt.layout()[:12] == [80, 5, 4, 2, 64, 128, fmt.full_page_tokens, 96, 4, 0, 0, 2]
+    assert fmt.layout()[12:] == [offset for offset, _ in sections(fmt).values()] + [fmt.tile_bytes]
     assert all(type(number) is int for number in fmt.layout())
-    assert KVFormat("kivi2", 64, 1, "bfloat16", full_precision=True).layout()[9] == 1
+    for index, name in ((9, "full_precision"), (10, "scale_search")):
+        assert KVFormat("kivi2", 64, 1, "bfloat16", **{name: True}).layout()[index] == 1
+
+
+def test_scale_search_moves_no_byte():
+    fmt = KVFormat("kivi2", 80, 2, "bfloat16", group_size=64)
+    searched = dataclasses.replace(fmt, scale_search=True)
+    changed = [name for name, a, b in zip(LAYOUT_FIELDS, fmt.layout(), searched.layout(), strict=True) if a != b]
+    assert changed == ["scale_search"]
+    assert fmt != searched and hash(fmt) != hash(searched)
 
 
 @pytest.mark.parametrize("fmt", ALL_FORMATS, ids=name_of)

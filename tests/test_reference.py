@@ -45,8 +45,10 @@ def groups_of(x: torch.Tensor, group_size: int, dim: int) -> list[torch.Tensor]:
     return list(x.split(group_size, dim))
 
 
-def quantize(x: torch.Tensor, bits: int, group_size: int, dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return (reference.quantize_keys if dim == 0 else reference.quantize_values)(x, bits, group_size)
+def quantize(
+    x: torch.Tensor, bits: int, group_size: int, dim: int, scale_search: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return (reference.quantize_keys if dim == 0 else reference.quantize_values)(x, bits, group_size, scale_search)
 
 
 def dequantize(codes, scale, zero, group_size: int, dim: int, dtype: torch.dtype) -> torch.Tensor:
@@ -132,10 +134,10 @@ def test_quantization_is_published_kivi_where_that_is_finite(case, bits, dim):
 
 
 @quick
-@given(tensors(), st.sampled_from(reference.BITS), st.sampled_from((0, 2)))
-def test_scale_and_zero_are_finite_whatever_the_input(case, bits, dim):
+@given(tensors(), st.sampled_from(reference.BITS), st.sampled_from((0, 2)), st.booleans())
+def test_scale_and_zero_are_finite_whatever_the_input(case, bits, dim, scale_search):
     x, group_size = case
-    codes, scale, zero = quantize(x, bits, group_size, dim)
+    codes, scale, zero = quantize(x, bits, group_size, dim, scale_search)
     assert scale.isfinite().all() and (scale >= 0).all() and zero.isfinite().all()
     assert int(codes.max()) < 2**bits
     # One bit pattern for each value: what a minimum of 0.0 and -0.0 returns depends on the order of the reduction.
@@ -159,10 +161,16 @@ def test_error_is_at_most_half_a_step(case, bits, dim):
 
 
 @quick
-@given(tensors(), st.sampled_from(reference.BITS), st.sampled_from((0, 2)), st.randoms(use_true_random=False))
-def test_a_bad_group_stays_local(case, bits, dim, rng):
+@given(
+    tensors(),
+    st.sampled_from(reference.BITS),
+    st.sampled_from((0, 2)),
+    st.booleans(),
+    st.randoms(use_true_random=False),
+)
+def test_a_bad_group_stays_local(case, bits, dim, scale_search, rng):
     x, group_size = case
-    before = quantize(x, bits, group_size, dim)
+    before = quantize(x, bits, group_size, dim, scale_search)
     where = [rng.randrange(size) for size in x.shape]
     bad = [slice(i, i + 1) for i in where]
     group = where[dim] // group_size
@@ -171,7 +179,7 @@ def test_a_bad_group_stays_local(case, bits, dim, rng):
     damaged[tuple(bad)] = torch.tensor([special(rng.choice(SPECIALS), x.dtype) for _ in range(3)])[
         torch.randint(3, damaged[tuple(bad)].shape, generator=torch.Generator().manual_seed(rng.randrange(2**31)))
     ].to(x.dtype)
-    after = quantize(damaged, bits, group_size, dim)
+    after = quantize(damaged, bits, group_size, dim, scale_search)
     one = list(bad)
     one[dim] = slice(group, group + 1)
     for index, area in ((0, bad), (1, one), (2, one)):
@@ -206,6 +214,40 @@ def test_degenerate_groups(dtype, dim):
         else:
             assert scale.item() == want_scale and codes.flatten().tolist() == want_codes, name
         assert zero.item() == want_zero and not (zero.item() == 0 and torch.signbit(zero).item()), name
+
+
+@settings(quick, max_examples=300)
+@given(tensors(FINITE), st.sampled_from(reference.BITS), st.sampled_from((0, 2)))
+def test_scale_search_loses_no_more(case, bits, dim):
+    """In any group; and where it keeps the range, or may not touch the group, all is as without it."""
+    x, group_size = case
+    plain, searched = (quantize(x, bits, group_size, dim, scale_search) for scale_search in (False, True))
+    errors = [
+        [e.square().sum(dim) for e in groups_of(dequantize(*q, group_size, dim, torch.float64) - x, group_size, dim)]
+        for q in (plain, searched)
+    ]
+    for index, (group, before, after) in enumerate(zip(groups_of(x, group_size, dim), *errors, strict=True)):
+        assert (after <= before).all()
+        same = (plain[1] == searched[1]).narrow(dim, index, 1) & (plain[2] == searched[2]).narrow(dim, index, 1)
+        span = group.float().amax(dim, keepdim=True) - group.float().amin(dim, keepdim=True)
+        assert same[(span < 2**-14) | (span > 2**15)].all()
+        codes = [q[0].narrow(dim, index * group_size, group.shape[dim]) for q in (plain, searched)]
+        assert torch.equal(*(c[same.expand_as(c)] for c in codes))
+        assert bits < 8 or same.all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+@pytest.mark.parametrize(("bits", "group_size", "at_most"), ((2, 32, 0.68), (2, 128, 0.54), (4, 128, 0.92)))
+def test_scale_search_pays(dtype, bits, group_size, at_most):
+    """Share of the squared error that is left, of normal numbers with an offset, as keys have it."""
+    x = torch.randn(256, 2, 128, generator=torch.Generator().manual_seed(0))
+    x = (x + torch.arange(128) / 32).to(dtype)
+    for dim in (0, 2):
+        losses = [
+            (dequantize(*quantize(x, bits, group_size, dim, search), group_size, dim, torch.float64) - x).square().sum()
+            for search in (False, True)
+        ]
+        assert losses[1] < at_most * losses[0]
 
 
 def test_a_last_group_that_is_shorter_is_quantized_on_its_own():

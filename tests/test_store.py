@@ -56,6 +56,7 @@ def random_case(rng: random.Random) -> KVFormat:
         sink_tokens=rng.choice((0, 4)),
         page_tokens=group_size * rng.randint(1, 3),
         full_precision=rng.random() < 0.1,
+        scale_search=rng.random() < 0.5,
     )
 
 
@@ -91,14 +92,15 @@ def test_equals_the_reference(seed: int, isas: tuple[str, ...]) -> None:
                 assert torch.equal(ours, theirs), f"{isa}, {name} pages, {fmt}"
 
 
+@pytest.mark.parametrize(("preset", "scale_search"), [("kivi8", False), ("kivi2", True), ("kivi4", True)])
 @pytest.mark.parametrize("dtype", DTYPE_BYTES)
-def test_every_value_of_a_16_bit_type(dtype: str, isas: tuple[str, ...]) -> None:
+def test_every_value_of_a_16_bit_type(dtype: str, preset: str, scale_search: bool, isas: tuple[str, ...]) -> None:
     """All 65,536 bit patterns pass through conversion and rounding, in groups of neighbours and of strangers."""
     if dtype == "float32":
         pytest.skip("too many")
     patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     shuffled = patterns[torch.randperm(2**16, generator=torch.Generator().manual_seed(0))]
-    fmt = KVFormat("kivi8", 64, num_kv_heads=1, dtype=dtype)
+    fmt = KVFormat(preset, 64, num_kv_heads=1, dtype=dtype, scale_search=scale_search)
     for x in (patterns, shuffled):
         key = x.view(getattr(torch, dtype)).view(-1, 1, 64)
         pools = [Pool(fmt, [len(key)]) for _ in range(len(isas) + 1)]

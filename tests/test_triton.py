@@ -6,6 +6,7 @@ process of its own, and the others are skipped. Cases are small, and few: each l
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import random
@@ -47,6 +48,7 @@ FORMATS = [
 ]
 FORMATS.append(KVFormat("kivi2", 96, 2, "bfloat16", residual_length=32, sink_tokens=4, full_precision=True))
 all_formats = pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: f"{fmt.preset}-{fmt.head_dim}-{fmt.group_size}")
+SEARCHING = [dataclasses.replace(fmt, scale_search=True) for fmt in FORMATS[:5]]
 
 
 def round_as_gpus_do() -> None:
@@ -116,7 +118,7 @@ def test_layout_fields() -> None:
 
 
 @needs_kernels
-@all_formats
+@pytest.mark.parametrize("fmt", FORMATS + SEARCHING, ids=lambda fmt: f"{fmt.preset}-{fmt.head_dim}-{fmt.scale_search}")
 def test_store_equals_the_reference(fmt: KVFormat) -> None:
     """Slices of one fused projection, hostile inputs, padding rows, null blocks; a group may have old and new tokens.
 
@@ -272,7 +274,7 @@ def test_gather(fmt: KVFormat) -> None:
 
 @needs_gpu
 def test_in_cuda_graphs() -> None:
-    test_cuda.test_store_in_a_cuda_graph(full_precision=False)
+    test_cuda.test_store_in_a_cuda_graph("none")
     test_cuda.test_gather_in_a_cuda_graph()
     test_cuda_decode.test_graph_replay_with_other_lengths()
 

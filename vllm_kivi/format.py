@@ -73,6 +73,7 @@ LAYOUT_FIELDS = (
     "residual_length",
     "sink_tokens",
     "full_precision",
+    "scale_search",
     "num_value_groups",
     "k_codes_offset",
     "k_scale_offset",
@@ -107,6 +108,7 @@ class KVFormat:
         page_tokens: N, tokens of a quantized page; 0 means G.
         padded_page_bytes: what the pool gives a page where another layer's page is larger; 0 means no padding.
         full_precision: the bypass, same pages and code path with nothing quantized.
+        scale_search: scales and zeros are those of the narrower range that loses least; changes no offset.
 
     Raises:
         ValueError: names the option and what is accepted.
@@ -122,6 +124,7 @@ class KVFormat:
     page_tokens: int = 0
     padded_page_bytes: int = 0
     full_precision: bool = False
+    scale_search: bool = False
 
     def __post_init__(self) -> None:
         _check("kv_cache_dtype", self.preset, tuple(PRESETS))
@@ -142,6 +145,9 @@ class KVFormat:
         for name in ("residual_length", "sink_tokens"):
             if getattr(self, name) < 0:
                 raise ValueError(f"kivi: {name}={getattr(self, name)} must be 0 or more")
+        for name in ("full_precision", "scale_search"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"kivi: {name}={getattr(self, name)!r} is not supported; accepted: True, False")
 
     @property
     def k_bits(self) -> int:

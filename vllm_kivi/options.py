@@ -19,12 +19,15 @@ class KiviOptions:
         residual_length: R, the most recent tokens that are never read quantized; 0 or more.
         sink_tokens: first tokens of every request that are never read quantized; 0 or more.
         full_precision: keep pages and code path but quantize nothing: tells plumbing faults from quantization error.
+        scale_search: quantize each group for the narrower range that loses least, instead of for all of its range.
+            Set sink_tokens with it: the outliers of a first token that all others attend to must not be clipped.
     """
 
     group_size: int = 32
     residual_length: int = 128
     sink_tokens: int = 0
     full_precision: bool = False
+    scale_search: bool = False
 
     @classmethod
     def from_additional_config(cls, additional_config: object) -> KiviOptions:
@@ -56,7 +59,7 @@ class KiviOptions:
 
 
 def _check_value(name: str, value: Any) -> None:
-    if name == "full_precision":
+    if name in ("full_precision", "scale_search"):
         if not isinstance(value, bool):
             raise ValueError(f"kivi: {name}={value!r} is not supported; accepted: true, false")
     elif isinstance(value, bool) or not isinstance(value, int) or value < 0:

@@ -19,6 +19,7 @@ from torch import Tensor
 from vllm_kivi.format import DTYPE_BYTES, GROUP_SIZES, LAYOUT_FIELDS, PRESETS, KVFormat
 
 BITS = tuple(sorted({bits for pair in PRESETS.values() for bits in pair}))
+SEARCHED_RANGES = (2.0**-14, 2.0**15)  # that scale_search narrows: no dtype over- or underflows
 
 
 class Tile(NamedTuple):
@@ -35,7 +36,13 @@ class Tile(NamedTuple):
 # ------------------------------------------------------------------------------------------------------- quantization
 
 
-def _quantize(x: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+def _codes(x: Tensor, zero: Tensor, step: Tensor, levels: Tensor) -> Tensor:
+    """Rounded to x's dtype after each operation; of groups whose step is 0, all 0."""
+    codes = (x - zero) / torch.where(step == 0, 1, step)
+    return torch.where(step == 0, 0, codes).clamp(0, levels.item()).round().to(torch.uint8)
+
+
+def _quantize(x: Tensor, bits: int, dim: int, scale_search: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scale and zero of groups that lie along `dim`; scale and zero keep it with length 1."""
     limits = torch.finfo(x.dtype)
     # Adding 0.0 turns -0.0 into 0.0: which of the two a minimum returns depends on the order of the reduction.
@@ -46,9 +53,38 @@ def _quantize(x: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
     # Multiplying by 1 is exact, so only groups whose range overflows are computed on halved numbers.
     half = torch.where(torch.isinf(high - low), 0.5, 1.0).to(x.dtype)
     step = (high * half - low * half) / levels
-    codes = (x * half - low * half) / torch.where(step == 0, 1, step)
-    codes = torch.where(step == 0, 0, codes).clamp(0, 2**bits - 1).round().to(torch.uint8)
-    return codes, step / half, low
+    plain = _codes(x * half, low * half, step, levels), step / half, low
+    return _search(x, *plain, levels, dim) if scale_search and bits < 8 else plain
+
+
+def _search(
+    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, levels: Tensor, dim: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of published quantization and that of narrower ranges, what loses least; docs/FORMAT.md has every operation."""
+    low = zero.float()
+    span = x.amax(dim, keepdim=True).float() - low
+    searched = (span >= SEARCHED_RANGES[0]) & (span <= SEARCHED_RANGES[1])
+    exponents = torch.where(searched, span, 1).view(torch.int32) >> 23
+    units = (127 + 127 + 11 - exponents << 23).view(torch.float32)  # a power of two: 2**11 to 2**12 to the range
+
+    def error_of(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        short = (scale.float().view(torch.int32) & -256).view(torch.float32)
+        error = (x.float() - zero.float()) - codes.float() * short
+        return (error * units).round().long().square().sum(dim, keepdim=True)
+
+    least = error_of(codes, scale, zero)
+    least -= least // 64
+    cut, part = torch.zeros_like(span), span / span.new_full((1,), 40)
+    for _ in range(7):
+        cut += part
+        narrow_zero = (low + cut).to(x.dtype) + 0.0
+        narrow_scale = ((span - 2 * cut) / levels.float()).to(x.dtype)
+        narrow_codes = _codes(x, narrow_zero, narrow_scale, levels)
+        error = error_of(narrow_codes, narrow_scale, narrow_zero)
+        better = searched & (error < least)
+        least, codes = torch.where(better, error, least), torch.where(better, narrow_codes, codes)
+        scale, zero = torch.where(better, narrow_scale, scale), torch.where(better, narrow_zero, zero)
+    return codes, scale, zero
 
 
 def _check_quantize(x: Tensor, bits: int, group_size: int) -> None:
@@ -65,11 +101,12 @@ def _check_quantize(x: Tensor, bits: int, group_size: int) -> None:
             raise ValueError(f"kivi: {name}={value!r} is not supported; accepted: {', '.join(map(str, accepted))}")
 
 
-def quantize_keys(k: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_keys(k: Tensor, bits: int, group_size: int, scale_search: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Quantizes per channel over groups of `group_size` tokens; a shorter last group is quantized on its own.
 
     Args:
         k: [T, H, D] in float32, bfloat16 or float16.
+        scale_search: see docs/FORMAT.md; without it, published KIVI.
 
     Returns:
         codes uint8 [T, H, D]; scale and zero [ceil(T / G), H, D] in k's dtype.
@@ -80,15 +117,16 @@ def quantize_keys(k: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor
     zero = torch.empty_like(scale)
     for group, first in enumerate(range(0, k.shape[0], group_size)):
         tokens = slice(first, first + group_size)
-        codes[tokens], scale[group : group + 1], zero[group : group + 1] = _quantize(k[tokens], bits, dim=0)
+        codes[tokens], scale[group : group + 1], zero[group : group + 1] = _quantize(k[tokens], bits, 0, scale_search)
     return codes, scale, zero
 
 
-def quantize_values(v: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_values(v: Tensor, bits: int, group_size: int, scale_search: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Quantizes per token over groups of `group_size` channels, the last one shorter when G does not divide D.
 
     Args:
         v: [T, H, D] in float32, bfloat16 or float16.
+        scale_search: see docs/FORMAT.md; without it, published KIVI.
 
     Returns:
         codes uint8 [T, H, D]; scale and zero [T, H, ceil(D / G)] in v's dtype.
@@ -100,7 +138,7 @@ def quantize_values(v: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tens
     for group, first in enumerate(range(0, v.shape[2], group_size)):
         part = slice(first, first + group_size)
         one = slice(group, group + 1)
-        codes[..., part], scale[..., one], zero[..., one] = _quantize(v[..., part], bits, dim=2)
+        codes[..., part], scale[..., one], zero[..., one] = _quantize(v[..., part], bits, 2, scale_search)
     return codes, scale, zero
 
 
@@ -167,14 +205,14 @@ def _write_tile(fmt: KVFormat, tile: Tensor, k: Tensor, v: Tensor) -> None:
         _put(tile, fmt.k_codes_offset, k.transpose(0, 1))
         _put(tile, fmt.v_codes_offset, v.transpose(0, 1))
         return
-    codes, scale, zero = quantize_keys(k, fmt.k_bits, fmt.group_size)
+    codes, scale, zero = quantize_keys(k, fmt.k_bits, fmt.group_size, fmt.scale_search)
     shifts = _shifts(fmt.k_bits, k.device)
     fields = codes.view(group_size, num_heads, -1, len(shifts)).permute(1, 2, 0, 3)  # [H, D / C, G, C]
     _put(tile, fmt.k_codes_offset, _words(fields, shifts))
     _put(tile, fmt.k_scale_offset, scale[0])
     _put(tile, fmt.k_zero_offset, zero[0])
 
-    codes, scale, zero = quantize_values(v, fmt.v_bits, fmt.group_size)
+    codes, scale, zero = quantize_values(v, fmt.v_bits, fmt.group_size, fmt.scale_search)
     shifts = _shifts(fmt.v_bits, k.device)
     slots = codes.view(-1, 2, 4, num_heads, head_dim).permute(3, 0, 1, 4, 2)  # [H, o, h, d, j], slot s = 4 * d + j
     fields = slots.reshape(num_heads, group_size // 8, 2, -1, len(shifts) // 2).transpose(
@@ -243,6 +281,7 @@ def _format(layout: Sequence[int], dtype: torch.dtype) -> KVFormat:
         names[0],
         dtype=str(dtype).removeprefix("torch."),
         full_precision=bool(fields["full_precision"]),
+        scale_search=bool(fields["scale_search"]),
         **{name: fields[name] for name in same},
     )
     if fields["full_page_tokens"] > fmt.full_page_tokens:  # the pool pads this layer's pages

@@ -29,6 +29,7 @@ MIN_UNITS = tl.constexpr(4)  # of a split: fewer are not worth a merge
 KEY_CHANNELS = tl.constexpr(64)  # that are quantized at a time
 MERGED = tl.constexpr(16)  # splits at a time
 LOG2E = tl.constexpr(1.4426950408889634)
+UNIT_IS_ONE = tl.constexpr(12582912.0)  # 1.5 * 2^23
 MAX_SPLITS = 128
 MIN_COLUMNS = 16  # rows of a matrix product
 PROGRAMS_PER_MULTIPROCESSOR = 8
@@ -37,8 +38,8 @@ OPTIONS = {"enable_fp_fusion": False}
 
 # A kernel's `layout` is KVFormat.layout() and the head size rounded up to a power of two; these are indices into it.
 HEAD_DIM, NUM_KV_HEADS, K_BITS, V_BITS, GROUP_SIZE, PAGE_TOKENS, FULL_PAGE_TOKENS = map(tl.constexpr, range(7))
-RESIDUAL_LENGTH, SINK_TOKENS, FULL_PRECISION, NUM_VALUE_GROUPS = map(tl.constexpr, range(7, 11))
-K_CODES, K_SCALE, K_ZERO, V_CODES, V_SCALE, V_ZERO, TILE_BYTES, WIDTH = map(tl.constexpr, range(11, 19))
+RESIDUAL_LENGTH, SINK_TOKENS, FULL_PRECISION, SCALE_SEARCH, NUM_VALUE_GROUPS = map(tl.constexpr, range(7, 12))
+K_CODES, K_SCALE, K_ZERO, V_CODES, V_SCALE, V_ZERO, TILE_BYTES, WIDTH = map(tl.constexpr, range(12, 20))
 
 
 class Rows(NamedTuple):
@@ -204,17 +205,53 @@ def _finite(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def _quantized(x, low, high, bits: tl.constexpr, dtype: tl.constexpr):
-    """Codes and scales of groups, every operation rounded to the model's dtype; see reference.py."""
-    levels: tl.constexpr = 2.0**bits - 1.0
-    half = tl.where(_rounded(high - low, dtype) == float("inf"), 0.5, 1.0)  # their range overflows
-    low_half = _rounded(low * half, dtype)
-    step = _rounded(tl.div_rn(_rounded(_rounded(high * half, dtype) - low_half, dtype), levels), dtype)
-    distance = _rounded(_rounded(x * half, dtype) - low_half, dtype)  # far below 1 where the step is 0: code 0
+def _biased_codes(x, zero, step, bits: tl.constexpr, dtype: tl.constexpr):
+    """Codes plus a number beside which the unit is 1: sums round half to even and have the integer in the low bits."""
+    distance = _rounded(x - zero, dtype)  # far below 1 where the step is 0: code 0
     quotient = _rounded(tl.div_rn(distance, tl.where(step == 0.0, 1.0, step)), dtype)
-    # Beside 1.5 * 2^23 the unit is 1: the sum rounds half to even and has the integer in its low bits.
-    codes = (tl.minimum(quotient, levels) + 12582912.0).to(tl.uint32, bitcast=True) & (2**bits - 1)
-    return codes, tl.where(half < 1.0, step * 2.0, step)
+    return tl.minimum(tl.maximum(quotient, 0.0), 2.0**bits - 1.0) + UNIT_IS_ONE
+
+
+@triton.jit
+def _squared_error(x, counted, zero, step, units, bits: tl.constexpr, dtype: tl.constexpr, axis: tl.constexpr):
+    """Of groups along `axis`: integers, whose sum does not depend on their order."""
+    short = (step.to(tl.uint32, bitcast=True) & 0xFFFFFF00).to(tl.float32, bitcast=True)
+    error = (x - zero) - (_biased_codes(x, zero, step, bits, dtype) - UNIT_IS_ONE) * short
+    error = (error * units + UNIT_IS_ONE) - UNIT_IS_ONE
+    square = (error * error + UNIT_IS_ONE).to(tl.int32, bitcast=True) & 0x003FFFFF
+    return tl.sum(tl.where(counted, square, 0), axis=axis, keep_dims=True)
+
+
+@triton.jit
+def _quantized(x, counted, bits: tl.constexpr, dtype: tl.constexpr, axis: tl.constexpr, search: tl.constexpr):
+    """Codes, scales and zeros of groups along `axis`, every operation rounded to the model's dtype; see reference.py.
+
+    Elements that are not `counted` have codes, and nothing else.
+    """
+    levels: tl.constexpr = 2.0**bits - 1.0
+    low = tl.min(tl.where(counted, x, float("inf")), axis=axis, keep_dims=True)
+    high = tl.max(tl.where(counted, x, float("-inf")), axis=axis, keep_dims=True)
+    half = tl.where(_rounded(high - low, dtype) == float("inf"), 0.5, 1.0)  # their range overflows
+    zero = _rounded(low * half, dtype)
+    step = _rounded(tl.div_rn(_rounded(_rounded(high * half, dtype) - zero, dtype), levels), dtype)
+    if search and bits < 8:
+        span = high - low
+        searched = (span >= 2.0**-14) & (span <= 2.0**15)
+        units = (0x84800000 - (span.to(tl.uint32, bitcast=True) & 0x7F800000)).to(tl.float32, bitcast=True)
+        least = _squared_error(x, counted, zero, step, units, bits, dtype, axis)
+        least -= least // 64
+        part, cut = tl.div_rn(span, 40.0), span * 0.0
+        for _ in range(7):
+            cut += part
+            narrow_zero = _rounded(low + cut, dtype)
+            narrow_zero = tl.where(narrow_zero == 0.0, 0.0, narrow_zero)
+            narrow_step = _rounded(tl.div_rn(span - 2.0 * cut, levels), dtype)
+            error = _squared_error(x, counted, narrow_zero, narrow_step, units, bits, dtype, axis)
+            better = searched & (error < least)
+            least = tl.where(better, error, least)
+            zero, step = tl.where(better, narrow_zero, zero), tl.where(better, narrow_step, step)
+    codes = _biased_codes(_rounded(x * half, dtype), zero, step, bits, dtype).to(tl.uint32, bitcast=True)
+    return codes & (2**bits - 1), tl.where(half < 1.0, step * 2.0, step), tl.where(half < 1.0, low, zero)
 
 
 # --------------------------------------------------------------------------------------------------------------- store
@@ -266,12 +303,10 @@ def _store_kernel(key, value, quantized, full, start_loc, seq_lens, num_requests
             channel = first + tl.arange(0, KEY_CHANNELS)
             is_channel = channel < head_dim
             x = _group(key, rows[:, None], first_row, head, old, channel[None, :], is_channel[None, :])
-            x = _finite(x, dtype)
-            low, high = tl.min(x, axis=0), tl.max(x, axis=0)
-            codes, scale = _quantized(x, low[None, :], high[None, :], layout[K_BITS], dtype)
-            scale = tl.reshape(scale, [KEY_CHANNELS])
+            codes, scale, zero = _quantized(_finite(x, dtype), True, layout[K_BITS], dtype, 0, layout[SCALE_SEARCH])
+            scale, zero = tl.reshape(scale, [KEY_CHANNELS]), tl.reshape(zero, [KEY_CHANNELS])
             tl.store(elements + layout[K_SCALE] // size + channel, scale.to(dtype), mask=is_channel)
-            tl.store(elements + layout[K_ZERO] // size + channel, low.to(dtype), mask=is_channel)
+            tl.store(elements + layout[K_ZERO] // size + channel, zero.to(dtype), mask=is_channel)
             codes = tl.reshape(codes, [group_size, KEY_CHANNELS // per_word, per_word])
             words = tl.sum(codes << (layout[K_BITS] * tl.arange(0, per_word))[None, None, :], axis=2)
             word = first // per_word + tl.arange(0, KEY_CHANNELS // per_word)[None, :]
@@ -295,16 +330,14 @@ def _store_kernel(key, value, quantized, full, start_loc, seq_lens, num_requests
             x = _group(key, part, first_row, head, keys, v_channel, is_v_channel)
             tl.store(elements + layout[K_CODES] // size + offset, x, mask=is_v_channel)
         else:
-            x = _finite(x, dtype)
-            shape: tl.constexpr = [TOKENS, groups, width // groups]
-            low = tl.min(tl.reshape(tl.where(is_v_channel, x, float("inf")), shape), axis=2)
-            high = tl.max(tl.reshape(tl.where(is_v_channel, x, float("-inf")), shape), axis=2)
-            codes, scale = _quantized(tl.reshape(x, shape), low[:, :, None], high[:, :, None], layout[V_BITS], dtype)
+            x = tl.reshape(_finite(x, dtype), [TOKENS, groups, width // groups])
+            counted = tl.reshape(is_v_channel, [1, groups, width // groups])
+            codes, scale, zero = _quantized(x, counted, layout[V_BITS], dtype, 2, layout[SCALE_SEARCH])
             group = tl.arange(0, groups)[None, :]
             offset, mask = group * group_size + t, group < layout[NUM_VALUE_GROUPS]
-            scale = tl.reshape(scale, [TOKENS, groups])
+            scale, zero = tl.reshape(scale, [TOKENS, groups]), tl.reshape(zero, [TOKENS, groups])
             tl.store(elements + layout[V_SCALE] // size + offset, scale.to(dtype), mask=mask)
-            tl.store(elements + layout[V_ZERO] // size + offset, low.to(dtype), mask=mask)
+            tl.store(elements + layout[V_ZERO] // size + offset, zero.to(dtype), mask=mask)
             codes = tl.permute(tl.reshape(codes, [TOKENS // 8, 2, 4, width]), (0, 1, 3, 2))
             codes = tl.reshape(codes, [TOKENS // 8, 2, 4 * width // slots, slots])
             words = tl.sum(tl.sum(codes << _value_shifts(layout[V_BITS]), axis=3), axis=1)  # [octet, word]

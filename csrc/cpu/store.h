@@ -6,8 +6,11 @@
 //
 // Codes, scales and zeros equal published KIVI bit for bit, so the arithmetic rounds to the input's type T after every
 // operation (rounded<T>) and divides for real. Contraction to fused multiply-adds cannot change a bit: the only
-// products that are added to are by 0.5, and a subnormal that this could round is beside a number larger than half the
-// range.
+// products that are added to are exact, or by 0.5, where a subnormal that this could round is beside a number larger
+// than half the range.
+//
+// With scale_search each group is quantized eight times, for its range and for narrower ones, and the codes that lose
+// least are kept.
 #pragma once
 
 #include "page.h"
@@ -51,11 +54,47 @@ struct Quantizer {
   KIVI_INLINE Floats scale() const { return rounded<T>(step / half); }
   KIVI_INLINE Floats zero() const { return low; }
 
-  KIVI_INLINE Words code(Floats x) const {
+  // The code plus kRoundingBias.
+  KIVI_INLINE Floats biased_code(Floats x) const {
     const Floats offset = rounded<T>(rounded<T>(x * half) - low_half);
     Floats code = rounded<T>(offset / (step == 0.0f ? splat(1.0f) : step));
-    code = step == 0.0f ? Floats{} : min_or_nan(code, splat(kLevels));
-    return (Words)(code + kRoundingBias) & ((1u << BITS) - 1);
+    code = step == 0.0f ? Floats{} : min_or_nan(max_or_nan(code, Floats{}), splat(kLevels));
+    return code + kRoundingBias;
+  }
+
+  KIVI_INLINE Words code(Floats x) const { return (Words)biased_code(x) & ((1u << BITS) - 1); }
+
+  // Takes the narrower range that loses least, if one does (docs/FORMAT.md). error_of(quantizer, units) is the sum of
+  // squared_error over a group. Sums of integers do not depend on their order.
+  template <class F>
+  KIVI_INLINE void search(const F& error_of) {
+    const Floats span = high - low, part = span / 40.0f;
+    const Ints searched = (span >= 0x1p-14f) & (span <= 0x1p15f);
+    const Floats units = (Floats)(((127u + 127u + 11u) << 23) - ((Words)span & 0x7f800000u));
+    Quantizer best = *this, narrow = *this;
+    Words least = error_of(*this, units);
+    least -= least >> 6;
+    Floats cut = {};
+    for (int i = 0; i < 7; ++i) {
+      cut += part;
+      narrow.low = narrow.low_half = rounded<T>(low + cut) + 0.0f;
+      narrow.step = rounded<T>((span - 2.0f * cut) / kLevels);
+      const Words error = error_of(narrow, units);
+      const Ints better = searched & (error < least);
+      least = better ? error : least;
+      best.low = better ? narrow.low : best.low;
+      best.low_half = better ? narrow.low_half : best.low_half;
+      best.step = better ? narrow.step : best.step;
+    }
+    *this = best;
+  }
+
+  // Of a group that is searched, so that `half` is 1.
+  KIVI_INLINE Words squared_error(Floats x, Floats units) const {
+    const Floats short_step = (Floats)((Words)step & ~0xffu);  // its products with codes are exact
+    const Floats error = (x - low) - (biased_code(x) - kRoundingBias) * short_step;
+    const Floats whole = (error * units + kRoundingBias) - kRoundingBias;
+    return (Words)(whole * whole + kRoundingBias) & 0x003fffffu;
   }
 };
 
@@ -74,6 +113,13 @@ void quantize_keys(const Layout& layout, const GroupRows<T>& rows, char* tile) {
       quantizer.see(x[token]);
     }
     quantizer.seen_all();
+    if (BITS < 8 && layout.scale_search) {
+      quantizer.search([&](const auto& candidate, Floats units) {
+        Words sum = {};
+        for (int token = 0; token < group_size; ++token) sum += candidate.squared_error(x[token], units);
+        return sum;
+      });
+    }
     from_floats(scales + channel, quantizer.scale());
     from_floats(zeros + channel, quantizer.zero());
     for (int token = 0; token < group_size; token += kLanes) {
@@ -107,19 +153,28 @@ void quantize_values(const Layout& layout, const GroupRows<T>& rows, char* tile)
       for (int group = 0; group < layout.num_value_groups; ++group) {
         const int first = group * group_size, end = at_most(first + group_size, head_dim);
         Quantizer<T, BITS> quantizer;
+        Floats x[kMaxGroup / kLanes];
         for (int channel = first; channel < end; channel += kLanes) {
-          quantizer.see(quantizer.finite(to_floats(rows.value[token] + channel)));
+          x[(channel - first) / kLanes] = quantizer.finite(to_floats(rows.value[token] + channel));
+          quantizer.see(x[(channel - first) / kLanes]);
         }
         quantizer.low = splat(reduce<Min>(quantizer.low));
         quantizer.high = splat(reduce<Max>(quantizer.high));
         quantizer.seen_all();
+        if (BITS < 8 && layout.scale_search) {
+          quantizer.search([&](const auto& candidate, Floats units) {
+            Words sum = {};
+            for (int i = 0; i < (end - first) / kLanes; ++i) sum += candidate.squared_error(x[i], units);
+            return reduce<Add>(sum) - Words{};
+          });
+        }
         T lanes[kLanes];
         from_floats(lanes, quantizer.scale());
         scales[group * group_size + token] = lanes[0];
         from_floats(lanes, quantizer.zero());
         zeros[group * group_size + token] = lanes[0];
         for (int channel = first; channel < end; channel += kLanes) {
-          const Words code = quantizer.code(quantizer.finite(to_floats(rows.value[token] + channel)));
+          const Words code = quantizer.code(x[(channel - first) / kLanes]);
           if constexpr (BITS == 2) {
             fields[0][channel / kLanes] |= code << ((Words)(lane_index() & 1) * 8u + (half_word + 2 * slot));
           } else if constexpr (BITS == 4) {

@@ -69,7 +69,10 @@ KIVI_INLINE Floats magnitude(Floats x) { return (Floats)((Words)x & 0x7fffffffu)
 // ------------------------------------------------------------------------------------------------------- reductions
 
 struct Add {
-  static KIVI_INLINE Floats of(Floats a, Floats b) { return a + b; }
+  template <class V>
+  static KIVI_INLINE V of(V a, V b) {
+    return a + b;
+  }
 };
 struct Max {
   static KIVI_INLINE Floats of(Floats a, Floats b) { return max_or_nan(a, b); }
@@ -89,8 +92,8 @@ KIVI_INLINE V swap(V v) {
   return shuffled<Swapped<WIDTH>>(v, v, Lanes{});
 }
 
-template <class Op, int WIDTH = kLanes / 2>
-KIVI_INLINE float reduce(Floats v) {
+template <class Op, int WIDTH = kLanes / 2, class V>
+KIVI_INLINE auto reduce(V v) {
   if constexpr (WIDTH == 0) {
     return v[0];
   } else {

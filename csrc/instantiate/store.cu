@@ -13,8 +13,11 @@ const char* store(const StoreParams& params, int max_new_tokens, Stream stream) 
     while (rows_per_block < 32 && int64_t(max_new_tokens) * num_heads >= 2048 * rows_per_block) rows_per_block *= 2;
     const unsigned blocks = ((max_new_tokens - 1) / rows_per_block + 1) * num_heads;
     const bool aligned = are_aligned(params.key, sizeof(T)) && are_aligned(params.value, sizeof(T));
-    store_kernel<T, K_BITS, V_BITS>
-        <<<blocks, kStoreThreads, 0, stream>>>(params, max_new_tokens, rows_per_block, aligned);
+    auto kernel = store_kernel<T, K_BITS, V_BITS, false>;
+    if constexpr (K_BITS < 8 || V_BITS < 8) {
+      if (params.layout.scale_search) kernel = store_kernel<T, K_BITS, V_BITS, true>;
+    }
+    kernel<<<blocks, kStoreThreads, 0, stream>>>(params, max_new_tokens, rows_per_block, aligned);
     const cudaError_t error = cudaGetLastError();
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
   });

@@ -21,8 +21,7 @@ from tqdm import tqdm
 
 from vllm_kivi import reference
 from vllm_kivi.evaluate import ppl, session
-from vllm_kivi.format import PRESETS
-from vllm_kivi.options import KiviOptions
+from vllm_kivi.options import PUBLISHED, KiviOptions
 
 RESULT = Path(__file__).parent / "results" / "quality.md"
 
@@ -62,7 +61,7 @@ def simulate(settings, windows, preset):
 
     model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32)
     config = model.config
-    fmt = KiviOptions().format(preset, config.head_dim, config.num_key_value_heads, "float32")
+    fmt = KiviOptions(**PUBLISHED).format(preset, config.head_dim, config.num_key_value_heads, "float32")
     AttentionInterface.register("simulated_kivi", simulated_attention(fmt, settings.chunk))
     model.set_attn_implementation("simulated_kivi")
     losses = []
@@ -81,7 +80,8 @@ def main():
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--window", type=int, default=2048)
     parser.add_argument("--chunk", type=int, default=64)
-    parser.add_argument("--presets", nargs="+", default=["kivi2", "kivi_k4v2", "kivi4"], choices=PRESETS)
+    presets = ["kivi2", "kivi_k4v2", "kivi4", "kivi8"]  # those that have published settings
+    parser.add_argument("--presets", nargs="+", default=presets[:3], choices=presets)
     args = parser.parse_args()
     settings = ppl.Settings(
         model=args.model,
@@ -91,6 +91,7 @@ def main():
         window=args.window,
         tokens=args.tokens,
         dtype="float32",
+        additional_config={"kivi": PUBLISHED},
     )
     report = ppl.run(settings)
     real = {result["kv_cache_dtype"]: result for result in report["results"]}

@@ -7,7 +7,8 @@
 
 namespace kivi::cuda {
 
-template <class T, int D, int K_BITS, int V_BITS>
+// BOOST: one key channel in this many has low bits of its own, 0: none has.
+template <class T, int D, int K_BITS, int V_BITS, int BOOST>
 struct Decoder {
   static constexpr int kRowBytes = 2 * D;                  // of a key or value in full precision
   static constexpr int kTokenStride = 2 * kRowBytes + 16;  // in a stage: the padding avoids bank conflicts
@@ -15,6 +16,8 @@ struct Decoder {
   static constexpr int kScaleWords = scale_words(D);
   // In `words`: scales and zeros of a step, then what only a lane itself reads, its part of the query and its State.
   static constexpr int kQueryAt = kHalves * kScaleWords, kStateAt = kQueryAt + kColumns * D / 2;
+  using Boost = Boosted<D, BOOST>;
+  static constexpr int kBoostQueryAt = kStateAt + 32 * 4, kBoostListAt = kBoostQueryAt + Boost::kQueryWords;
   static constexpr int kKeyWords = D * K_BITS / 128;  // of a lane, per token
   static constexpr int kBlocks = D / 16;              // row blocks of the output
 
@@ -223,6 +226,16 @@ struct Decoder {
     largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
     // largest < 2^exponent; what is not finite is left to the products.
     const int exponent = min(max((__float_as_int(largest) >> 23) - 126, -60), 100);
+    if constexpr (BOOST > 0) {  // rows are channels, columns those of this kernel
+      const float factor = power_of_two(kQueryExponent - exponent);
+      __half* rows = reinterpret_cast<__half*>(words + kBoostQueryAt) + g;
+#pragma unroll
+      for (int i = 0; i < D / 8; ++i) {
+        const int channel = (t + 4 * (i / kPairsOfWord)) * 2 * kPairsOfWord + i % kPairsOfWord;
+        rows[channel * kColumns] = __float2half_rn(pairs[i].x * factor);
+        rows[(channel + kPairsOfWord) * kColumns] = __float2half_rn(pairs[i].y * factor);
+      }
+    }
 #pragma unroll
     for (int i = 0; i < D / 8; ++i) {
       const float factor = power_of_two(kQueryExponent - exponent - position<K_BITS>(i % kPairsOfWord));
@@ -430,6 +443,10 @@ struct Decoder {
       for (int i = 0; i < kRounds; ++i) {
         const int value_at = i == 0 ? first_value_scales : value_scales_at(i);
         p[h].keys[i] = load_pairs(tile + (i == 0 ? first_key_scales : key_scales_at(i)), kPairs<K_BITS>);
+        if constexpr (BOOST > 0) {  // as scales of the high bits
+          p[h].keys[i] = {Relative<T>::four_times_negative(p[h].keys[i].x),
+                          Relative<T>::four_times_negative(p[h].keys[i].y)};
+        }
         p[h].scales[i] = load_pairs(value_scales + value_at, 4);
         p[h].zeros[i] = load_pairs(value_scales + value_at + (layout.v_zero_offset - layout.v_scale_offset), 4);
         largest.key = __vmaxu2(largest.key, __vmaxu2(p[h].keys[i].x, p[h].keys[i].y));
@@ -486,7 +503,79 @@ struct Decoder {
       load_scales(tile, first_token, p, largest);
       store_scales(p);
     }
+    if constexpr (BOOST > 0) list_boosted(tile);
     __syncwarp();
+  }
+
+  // Of each tile of a step: where the query of a boosted channel lies, and the scale of its low bits.
+  __device__ void list_boosted(const char* tile) const {
+    const unsigned lower_lanes = (1u << lane) - 1;
+#pragma unroll
+    for (int h = 0; h < kHalves; ++h) {
+      if (h > 0 && half_bytes() == 0) break;
+      const char* scales = tile + h * half_bytes() + layout.k_scale_offset;
+      uint32_t* list = words + kBoostListAt + h * Boost::kChannels;
+      int num_before = 0;
+#pragma unroll
+      for (int i = 0; i < D / 64; ++i) {
+        const int channel = 2 * (lane + 32 * i);
+        const uint32_t pair = *reinterpret_cast<const uint32_t*>(scales + channel * sizeof(T));
+        const bool is_first = pair & 0x8000, is_second = pair >> 31;
+        const unsigned firsts = __ballot_sync(~0u, is_first), seconds = __ballot_sync(~0u, is_second);
+        const uint32_t scale = Relative<T>::to_half(pair & 0x7FFF7FFF, key_shift);
+        const int index = num_before + __popc(firsts & lower_lanes) + __popc(seconds & lower_lanes);
+        const uint32_t row = channel * (kColumns * sizeof(__half)) << 16;
+        if (is_first) list[Boost::slot(index)] = row | (scale & 0xFFFF);
+        if (is_second) list[Boost::slot(index + is_first)] = (row + (kColumns * sizeof(__half) << 16)) | scale >> 16;
+        num_before += __popc(firsts) + __popc(seconds);
+      }
+    }
+  }
+
+  // Adds the products of the low bits of boosted channels.
+  __device__ void multiply_boosted(const char* tile, int first_token, float (&scores)[kHalves][2][4]) const {
+    constexpr int kPairsOfLane = Boost::kPairs, kLoaded = kPairsOfLane < 4 ? kPairsOfLane : 4;
+    const uint32_t rows = shared_address(words + kBoostQueryAt);
+    const int block = t * kPairsOfLane / 4, shift = kPairsOfLane < 4 ? t * kPairsOfLane % 4 * 2 : 0;
+    const char* codes = tile + layout.k_boost_offset + 2 * (block * layout.group_size + first_token) + 8 * g;
+    const int distance = half_bytes() + 2 * half_tokens();
+    uint32_t folded[kPairsOfLane];
+#pragma unroll
+    for (int h = 0; h < kHalves; ++h) {
+      if (h == 0 || half_bytes() != 0) {
+        const uint32_t* list = words + kBoostListAt + h * Boost::kChannels;
+#pragma unroll
+        for (int i = 0; i < kPairsOfLane; i += kLoaded) {
+          uint32_t loaded[kLoaded];
+          ldmatrix_transposed(loaded, rows + (list[8 * i + lane % (8 * kLoaded)] >> 16));
+#pragma unroll
+          for (int e = 0; e < kLoaded; ++e) {
+            const uint2 two = *reinterpret_cast<const uint2*>(list + 8 * (i + e) + 2 * t);
+            folded[i + e] = multiply(loaded[e], __byte_perm(two.x, two.y, 0x5410));
+            if (e > 0) folded[i + e] = multiply(folded[i + e], (0x3C00 - (position<2>(e) << 10)) * 0x00010001u);
+          }
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kPairsOfLane; i += kLoaded) {
+        const uint2 words = *reinterpret_cast<const uint2*>(codes + h * distance + i / 4 * (2 * layout.group_size));
+        uint32_t first[8], second[8];  // each of two tokens
+        unpack<2>(words.x >> shift, first);
+        unpack<2>(words.y >> shift, second);
+        if constexpr (kLoaded == 1) {
+          mma_k8<__half>(scores[h][0], first[0], first[4], folded[0]);
+          mma_k8<__half>(scores[h][1], second[0], second[4], folded[0]);
+        } else {
+#pragma unroll
+          for (int e = 0; e < kLoaded; e += 2) {
+            mma_k16<__half>(scores[h][0], first[e], first[4 + e], first[e + 1], first[5 + e], folded[i + e],
+                            folded[i + e + 1]);
+            mma_k16<__half>(scores[h][1], second[e], second[4 + e], second[e + 1], second[5 + e], folded[i + e],
+                            folded[i + e + 1]);
+          }
+        }
+      }
+    }
   }
 
   __device__ void attend_tiles(const char* stage, int unit) {
@@ -512,6 +601,7 @@ struct Decoder {
       });
       float scores[kHalves][2][4] = {};  // block m: rows g and g + 8 are tokens 4 g + 2 m and + 1 of the half
       multiply_keys(tile, first_token, scores);
+      if constexpr (BOOST > 0) multiply_boosted(tile, first_token, scores);
 
       float probability[kHalves][4][2], start[kHalves][2], factors[2] = {factor[0], factor[1]};
 #pragma unroll
@@ -639,8 +729,9 @@ struct Decoder {
   // After the last tile: sums in the units of P and values, zeros added.
   __device__ void end_tiles() {
     const int exponents = state().exponents;
-    const float unit = power_of_two(24 - kValueScaleTop + (exponents >> 8 & 0xFF) - Relative<T>::kBias);
-    const float zero_unit = power_of_two((exponents >> 16) - Relative<T>::kBias - kValueZeroTop);
+    const float norm = layout.rotate_values ? kNorm : 1.0f;
+    const float unit = power_of_two(24 - kValueScaleTop + (exponents >> 8 & 0xFF) - Relative<T>::kBias) * norm;
+    const float zero_unit = power_of_two((exponents >> 16) - Relative<T>::kBias - kValueZeroTop) * norm;
     rescale(unit, unit);
 #pragma unroll
     for (int b = 0; b < D / 32; ++b) {
@@ -653,6 +744,43 @@ struct Decoder {
         output[2 * b + x][1] += odd;
         output[2 * b + x][2] += even;
         output[2 * b + x][3] += odd;
+      }
+    }
+    if (layout.rotate_values) rotate();
+  }
+
+  // Of sums over rotated values, those over values: a Hadamard matrix over the channels, which is its own inverse.
+  static constexpr float kNorm = D == 64 ? 0.125f : D == 128 ? 0.08838834764831845f : 0.0625f;
+
+  __device__ void rotate() {
+    const auto butterfly = [](float& a, float& b) {
+      const float difference = a - b;
+      a += b;
+      b = difference;
+    };
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+#pragma unroll
+      for (int i = 0; i < kBlocks; ++i) butterfly(output[i][c], output[i][2 + c]);
+    }
+#pragma unroll
+    for (int distance = 1; distance < kBlocks; distance *= 2) {
+#pragma unroll
+      for (int i = 0; i < kBlocks; ++i) {
+        if (i & distance) continue;
+#pragma unroll
+        for (int c = 0; c < 4; ++c) butterfly(output[i][c], output[i + distance][c]);
+      }
+    }
+#pragma unroll
+    for (int distance = 4; distance < 32; distance *= 2) {
+      const float sign = lane & distance ? -1.0f : 1.0f;
+#pragma unroll
+      for (int i = 0; i < kBlocks; ++i) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          output[i][c] = fmaf(output[i][c], sign, __shfl_xor_sync(~0u, output[i][c], distance));
+        }
       }
     }
   }

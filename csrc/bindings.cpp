@@ -46,6 +46,12 @@ kivi::Layout make_layout(const std::vector<int64_t>& values) {
   for (const int bits : {layout.k_bits, layout.v_bits}) {
     STD_TORCH_CHECK(bits == 2 || bits == 4 || bits == 8, "kivi: ", bits, " bits are not supported; accepted: 2, 4, 8");
   }
+  STD_TORCH_CHECK(
+      layout.boosted_channels == 0 || (layout.boosted_channels > 0 && layout.boosted_channels % 8 == 0 &&
+                                       layout.k_bits == 2 && 4 * (layout.boosted_channels - 8) < layout.head_dim),
+      "kivi: ", layout.boosted_channels,
+      " boosted channels are not supported; accepted: with keys of 2 "
+      "bits, a multiple of 8 that is at most a quarter of head_dim, rounded up");
   STD_TORCH_CHECK(layout.page_tokens > 0 && layout.page_tokens % layout.group_size == 0, "kivi: page_tokens ",
                   layout.page_tokens, " is not a multiple of group_size ", layout.group_size);
   STD_TORCH_CHECK(layout.full_page_tokens > 0, "kivi: full_page_tokens is ", layout.full_page_tokens);

@@ -57,10 +57,10 @@ __device__ inline void write_output(const DecodeParams& params, const Segment& s
   }
 }
 
-template <class T, int D, int K_BITS, int V_BITS>
+template <class T, int D, int K_BITS, int V_BITS, int BOOST>
 __global__ void __launch_bounds__(32 * kMaxWarps, kBlocksPerMultiprocessor)
     decode_kernel(const __grid_constant__ DecodeParams params) {
-  using Kernel = Decoder<T, D, K_BITS, V_BITS>;
+  using Kernel = Decoder<T, D, K_BITS, V_BITS, BOOST>;
   constexpr int kElements = 32 * Kernel::kBlocks;  // float4 of an item's sums
   extern __shared__ __align__(128) char shared[];
   __shared__ __align__(8) uint64_t barriers[kMaxWarps][kMaxStages];
@@ -74,7 +74,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kBlocksPerMultiprocessor)
   const int ratio = params.ratio.value, num_stages = params.num_stages;
   const int warp_bytes = num_stages * params.stage_bytes;
   char* stages = shared + warp * warp_bytes;
-  uint32_t* words = reinterpret_cast<uint32_t*>(shared + num_warps * warp_bytes) + warp * warp_words(D, K_BITS);
+  uint32_t* words = reinterpret_cast<uint32_t*>(shared + num_warps * warp_bytes) +
+                    warp * warp_words(D, K_BITS, Kernel::Boost::kChannels);
   if (lane < num_stages) mbarrier_init(shared_address(&barriers[warp][lane]));
   fence_before_copies();
 
@@ -83,6 +84,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kBlocksPerMultiprocessor)
 
   if (place.begin < place.end) {
     Kernel kernel(params, place, stages, shared_address(barriers[warp]), words);
+    bool is_last;  // not what `place` says: lane 0 may be at its next segment already
     do {
       if (lane == 0) {
         place.from = place.to;
@@ -108,6 +110,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kBlocksPerMultiprocessor)
       for (int i = 0; i < num_stages && unit + i < last; ++i) kernel.start_copy(unit + i, i);
       kernel.load_query(ratio, codes);
       kernel.begin_segment(codes);
+      const bool has_tiles = unit < kernel.num_tile_units;
       int stage = 0;
 #pragma unroll 1
       for (bool tokens = false;; tokens = true) {
@@ -125,11 +128,11 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kBlocksPerMultiprocessor)
           stage = stage + 1 == num_stages ? 0 : stage + 1;
         }
         if (tokens) break;
-        kernel.end_tiles();
+        if (has_tiles) kernel.end_tiles();
       }
       kernel.finish_sums();
 
-      const bool is_last = place.to == place.end;
+      is_last = place.to == place.end;
       const bool is_whole = place.segment.item_begin >= place.begin && place.segment.item_end <= place.end;
       // All stages are free.
       float4* sums = is_last || is_whole ? reinterpret_cast<float4*>(stages)
@@ -151,7 +154,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kBlocksPerMultiprocessor)
         segments[warp][1] = place.segment;
       }
       __syncwarp();
-    } while (place.to < place.end);
+    } while (!is_last);
   }
   __syncthreads();
 

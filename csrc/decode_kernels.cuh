@@ -6,19 +6,19 @@
 
 namespace kivi::cuda {
 
-// Null where the bits are not compiled. Takes a DecodeParams.
+// Null where the bits and boosted channels are not compiled. Takes a DecodeParams.
 template <class T, int HEAD_DIM>
-const void* decode_kernel_for(int k_bits, int v_bits);
+const void* decode_kernel_for(int k_bits, int v_bits, int boosted_channels);
 
-#define KIVI_FIND(K_BITS, V_BITS, T, HEAD_DIM)                                         \
-  if (k_bits == K_BITS && v_bits == V_BITS) {                                          \
-    return reinterpret_cast<const void*>(&decode_kernel<T, HEAD_DIM, K_BITS, V_BITS>); \
+#define KIVI_FIND(K_BITS, V_BITS, BOOST, T, HEAD_DIM)                                                    \
+  if (k_bits == K_BITS && v_bits == V_BITS && boosted_channels == Boosted<HEAD_DIM, BOOST>::kChannels) { \
+    return reinterpret_cast<const void*>(&decode_kernel<T, HEAD_DIM, K_BITS, V_BITS, BOOST>);            \
   }
-#define KIVI_DECODE_KERNELS(T, HEAD_DIM)                               \
-  template <>                                                          \
-  const void* decode_kernel_for<T, HEAD_DIM>(int k_bits, int v_bits) { \
-    KIVI_CUDA_BITS(KIVI_FIND, T, HEAD_DIM)                             \
-    return nullptr;                                                    \
+#define KIVI_DECODE_KERNELS(T, HEAD_DIM)                                                     \
+  template <>                                                                                \
+  const void* decode_kernel_for<T, HEAD_DIM>(int k_bits, int v_bits, int boosted_channels) { \
+    KIVI_CUDA_DECODE(KIVI_FIND, T, HEAD_DIM)                                                 \
+    return nullptr;                                                                          \
   }
 
 }  // namespace kivi::cuda

@@ -7,8 +7,9 @@
 // position the first row has.
 //
 // Of a quantized segment a thread takes eight channels of eight tokens, keys or values: its codes, scales and zeros are
-// a few 16-byte loads, and each token one 16-byte store, beside those of its neighbours. Other tokens (sinks, from the
-// boundary on, or all with full_precision) are copied.
+// a few 16-byte loads, and each token one 16-byte store, beside those of its neighbours. Rotated values are turned back
+// first: the threads of a token are neighbours in a warp. Other tokens (sinks, from the boundary on, or all with
+// full_precision) are copied.
 //
 // Bound by the memory that is written: at 2 bits and 16-bit elements 5 times what is read, and about 8 instructions an
 // element.
@@ -72,9 +73,34 @@ __device__ inline float code_at(uint32_t word, int bit) {
   return __uint_as_float((word >> bit & ((1u << BITS) - 1)) | 0x4B000000u) - 8388608.0f;
 }
 
-// Keys of eight channels and of tokens 8 * octet to 8 * octet + 7: calls write(i, x) for each token i.
-template <class T, int BITS, class F>
-__device__ inline void dequantize_keys(const Layout& layout, const char* tile, int octet, int channel, const F& write) {
+template <class T>
+__device__ inline bool is_negative(const char* number) {
+  if constexpr (sizeof(T) == 4) {
+    return __ldg(reinterpret_cast<const int*>(number)) < 0;
+  } else {
+    return __ldg(reinterpret_cast<const short*>(number)) < 0;
+  }
+}
+
+// By a warp: before[i] becomes the number of boosted channels below 8 * i.
+template <class T>
+__device__ inline void count_boosted(const Layout& layout, const char* tile, int lane, int* before) {
+  int count = 0;
+  for (int first = 0; first < layout.head_dim; first += 32) {
+    const int channel = first + lane;
+    const bool is_channel = channel < layout.head_dim;
+    const char* scale = tile + layout.k_scale_offset + channel * sizeof(T);
+    const unsigned boosted = __ballot_sync(~0u, is_channel && is_negative<T>(scale));
+    if (is_channel && lane % 8 == 0) before[channel / 8] = count + __popc(boosted & ((1u << lane) - 1));
+    count += __popc(boosted);
+  }
+}
+
+// Keys of eight channels and of tokens 8 * octet to 8 * octet + 7: calls write(i, x) for each token i. BOOST: some
+// channels may be boosted, and `num_before` are below these.
+template <class T, int BITS, bool BOOST, class F>
+__device__ inline void dequantize_keys(const Layout& layout, const char* tile, int octet, int channel, int num_before,
+                                       const F& write) {
   using Codes = KeyCodes<BITS>;
   constexpr int kColumns = (8 + Codes::kChannels - 1) / Codes::kChannels;  // of words
   alignas(16) uint32_t words[kColumns][8];
@@ -86,16 +112,63 @@ __device__ inline void dequantize_keys(const Layout& layout, const char* tile, i
   read_eight<T>(scale, tile + layout.k_scale_offset + channel * sizeof(T));
   read_eight<T>(zero, tile + layout.k_zero_offset + channel * sizeof(T));
   const int first_bit = Codes::bit_of(channel);
+  // Low bits: of the blocks in which the first boosted channel lies and the next one; 32 in the second.
+  alignas(16) uint32_t low[2][4];
+  int low_bit[8];
+  if constexpr (BOOST) {
+    const int block = num_before / BoostCodes::kChannels, last = layout.boosted_channels / BoostCodes::kChannels - 1;
+    read_words<4>(low[0], tile + BoostCodes::offset(layout, min(block, last), 8 * octet));
+    read_words<4>(low[1], tile + BoostCodes::offset(layout, min(block + 1, last), 8 * octet));
+    int index = num_before % BoostCodes::kChannels;
+#pragma unroll
+    for (int c = 0; c < 8; ++c) {
+      const bool boosted = __float_as_uint(scale[c]) >> 31;
+      low_bit[c] =
+          boosted ? index / BoostCodes::kChannels * 32 + BoostCodes::bit_of(index % BoostCodes::kChannels) : -1;
+      scale[c] = fabsf(scale[c]);
+      index += boosted;
+    }
+  }
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     float x[8];
 #pragma unroll
     for (int c = 0; c < 8; ++c) {
-      const float code = code_at<BITS>(words[c / Codes::kChannels][i] >> first_bit, Codes::bit_of(c));
+      const uint32_t word = words[c / Codes::kChannels][i] >> first_bit;
+      float code = code_at<BITS>(word, Codes::bit_of(c));
+      if constexpr (BOOST) {
+        const uint32_t low_word = low_bit[c] >= 32 ? low[1][i / 2] : low[0][i / 2];
+        const float low_code = code_at<2>(low_word >> (low_bit[c] & 31), i % 2 * BoostCodes::kTokenBits);
+        code = low_bit[c] < 0 ? code : __fmaf_rn(4.0f, code, low_code);
+      }
       x[c] = __fmaf_rn(code, scale[c], zero[c]);
     }
     write(i, x);
   }
+}
+
+// Of eight rotated channels of a token, of which neighbouring lanes have others: those that were rotated.
+__device__ inline void turn_back(float (&x)[8], int hadamard_size, int lane) {
+#pragma unroll
+  for (int distance = 1; distance < 8; distance *= 2) {
+#pragma unroll
+    for (int c = 0; c < 8; ++c) {
+      if (c & distance) continue;
+      const float difference = x[c] - x[c + distance];
+      x[c] += x[c + distance];
+      x[c + distance] = difference;
+    }
+  }
+  const int num_lanes = hadamard_size / 8;
+  const unsigned lanes = (num_lanes == 32 ? ~0u : (1u << num_lanes) - 1) << (lane & -num_lanes);
+  for (int distance = 1; distance < num_lanes; distance *= 2) {
+    const float sign = lane & distance ? -1.0f : 1.0f;
+#pragma unroll
+    for (int c = 0; c < 8; ++c) x[c] = __fmaf_rn(x[c], sign, __shfl_xor_sync(lanes, x[c], distance));
+  }
+  const float norm = rsqrtf(hadamard_size);
+#pragma unroll
+  for (int c = 0; c < 8; ++c) x[c] *= norm;
 }
 
 // The same of values; the channels are in one group.
@@ -121,7 +194,7 @@ __device__ inline void dequantize_values(const Layout& layout, const char* tile,
   }
 }
 
-template <class T, int K_BITS, int V_BITS>
+template <class T, int K_BITS, int V_BITS, bool BOOST>
 __global__ void __launch_bounds__(kGatherThreads)
     gather_kernel(const __grid_constant__ GatherParams params, int num_rows, bool aligned) {
   constexpr int kWarps = kGatherThreads / 32;
@@ -130,6 +203,7 @@ __global__ void __launch_bounds__(kGatherThreads)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int head_dim = layout.head_dim, group_size = layout.group_size, row_bytes = head_dim * int(sizeof(T));
 
+  __shared__ int boosted_before[kMaxHeadDim / 8];
   int request = -1, position = 0;
   bool begins = false;
   if (block_row + lane < num_rows) request = request_of(params.start_loc, params.num_reqs, block_row + lane);
@@ -168,6 +242,11 @@ __global__ void __launch_bounds__(kGatherThreads)
       copy_row<T>(row_of<T>(params.value, row, head), value, head_dim, aligned, lane);
     }
     if (low >= high || layout.full_precision) continue;
+    if constexpr (BOOST) {
+      __syncthreads();  // nobody reads that of the segment before
+      if (warp == 0) count_boosted<T>(layout, tile, lane, boosted_before);
+      __syncthreads();
+    }
 
     const int parts = head_dim / 8, first_octet = (low - group_start) / 8;
     const int items = parts * ((high - 1 - group_start) / 8 + 1 - first_octet);
@@ -179,14 +258,16 @@ __global__ void __launch_bounds__(kGatherThreads)
       const int octet_start = group_start + 8 * octet;
       const int64_t stride = rows.token_stride * int64_t(sizeof(T));
       char* out = row_of<T>(rows, first_row + octet_start - first, head) + channel * sizeof(T);
-      const auto write = [&](int token, const float (&x)[8]) {
+      const auto write = [&](int token, float (&x)[8]) {
         const int p = octet_start + token;
+        if (is_value && layout.rotate_values) turn_back(x, head_dim & -head_dim, lane);
         if (low <= p && p < high) write_eight<T>(out + token * stride, x, aligned);
       };
       if (is_value) {
         dequantize_values<T, V_BITS>(layout, tile, octet, channel, write);
       } else {
-        dequantize_keys<T, K_BITS>(layout, tile, octet, channel, write);
+        const int num_before = BOOST ? boosted_before[channel / 8] : 0;
+        dequantize_keys<T, K_BITS, BOOST>(layout, tile, octet, channel, num_before, write);
       }
     }
   }

@@ -32,12 +32,6 @@ __device__ inline void unpack(uint32_t word, uint32_t (&pairs)[kPairs<BITS>]) {
   for (int i = 0; i < kPairs<BITS>; ++i) pairs[i] = (i * BITS < 8 ? word : high) & (kMask << position<BITS>(i));
 }
 
-__device__ inline uint32_t multiply(uint32_t a, uint32_t b) {  // half2
-  uint32_t product;
-  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
-  return product;
-}
-
 __device__ inline float power_of_two(int exponent) {
   return __int_as_float((min(max(exponent, -126), 127) + 127) << 23);
 }
@@ -85,6 +79,11 @@ struct Relative<__nv_bfloat16> {
     return (uint32_t((15 + top - position - exponent) << 7) & 0xFFFF) * 0x00010001u;
   }
 
+  // Magnitudes; 4 times those of negative numbers.
+  __device__ static uint32_t four_times_negative(uint32_t numbers) {
+    return (numbers & 0x7FFF7FFF) + ((numbers & 0x80008000) >> (15 - kExponentShift - 1));
+  }
+
   // Numbers 2^(15 + top) times smaller than the power of two become 0.
   __device__ static uint32_t to_half(uint32_t magnitudes, uint32_t shift) {
     return __viaddmax_s16x2(magnitudes, shift, 0) << 3;
@@ -100,6 +99,11 @@ struct Relative<__half> {
     return reinterpret_cast<const uint32_t&>(factor);
   }
 
+  // Not by exponents: a subnormal number has none.
+  __device__ static uint32_t four_times_negative(uint32_t numbers) {
+    return multiply(numbers & 0x7FFF7FFF, 0x3C003C00 + ((numbers & 0x80008000) >> (15 - kExponentShift - 1)));
+  }
+
   __device__ static uint32_t to_half(uint32_t magnitudes, uint32_t shift) { return multiply(magnitudes, shift); }
 };
 
@@ -109,6 +113,22 @@ __device__ inline uint32_t largest_of(int exponent) {
   constexpr int kShift = Relative<T>::kExponentShift;
   return (uint32_t(exponent) << kShift | ((1u << kShift) - 1)) * 0x00010001u;
 }
+
+// Boosted channels of a tile of D, one in FRACTION, 0 for none: which one is where in the products of a warp.
+template <int D, int FRACTION>
+struct Boosted {
+  static constexpr int kChannels = FRACTION == 0 ? 0 : D / (FRACTION + (FRACTION == 0));
+  static constexpr int kPairs = kChannels / 8;  // of a lane with t = lane % 4: pairs t * kPairs ... of all
+  static constexpr int kQueryWords = FRACTION == 0 ? 0 : 4 * D;
+
+  // Row 8 m + 2 t + e of the gathered query: channel e of lanes' pair m. Pair i of a block of 8 channels is i and i
+  // + 4.
+  static __device__ int slot(int index) {
+    index &= kChannels - 1;  // whatever a page holds stays within the list
+    const int pair = index / 8 * 4 + index % 4;
+    return pair % kPairs * 8 + pair / kPairs * 2 + index / 4 % 2;
+  }
+};
 
 // A 2 x 2 exchange: (a0, a1), (b0, b1) -> (a0, b0), (a1, b1).
 __device__ inline void interleave(uint32_t& a, uint32_t& b) {

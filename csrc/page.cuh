@@ -5,7 +5,7 @@
 
 namespace kivi::cuda {
 
-constexpr int kMaxGroup = 128;
+constexpr int kMaxGroup = 128, kMaxHeadDim = 256;
 
 // Tokens below it are read from quantized pages when a request has num_tokens tokens (sinks apart).
 __device__ inline int boundary(const Layout& layout, int num_tokens) {

@@ -17,8 +17,11 @@
   FIELD(sink_tokens)              \
   FIELD(full_precision)           \
   FIELD(scale_search)             \
+  FIELD(rotate_values)            \
+  FIELD(boosted_channels)         \
   FIELD(num_value_groups)         \
   FIELD(k_codes_offset)           \
+  FIELD(k_boost_offset)           \
   FIELD(k_scale_offset)           \
   FIELD(k_zero_offset)            \
   FIELD(v_codes_offset)           \

@@ -12,6 +12,12 @@ __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+__device__ inline uint32_t multiply(uint32_t a, uint32_t b) {  // half2
+  uint32_t product;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+  return product;
+}
+
 // ------------------------------------------------------------------------------------------------- matrix products
 // D += A B with A [16][k] row by row, B [k][8] column by column, D [16][8]. With g = lane / 4 and t = lane % 4:
 //   a: pairs (row g, k 2t), (g + 8, 2t), and for k = 16 (g, 2t + 8), (g + 8, 2t + 8)
@@ -62,6 +68,26 @@ __device__ inline void ldmatrix(uint32_t (&out)[4], uint32_t address) {
                : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
                : "r"(address)
                : "memory");
+}
+
+// COUNT matrices of 8 rows of 16 bytes, transposed: pairs (row 2t, column g), (2t + 1, g). Lane l holds the address of
+// row l % 8 of matrix l / 8.
+template <int COUNT>
+__device__ inline void ldmatrix_transposed(uint32_t (&out)[COUNT], uint32_t address) {
+  static_assert(COUNT == 1 || COUNT == 2 || COUNT == 4);
+  if constexpr (COUNT == 4) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(address)
+                 : "memory");
+  } else if constexpr (COUNT == 2) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(out[0]), "=r"(out[1])
+                 : "r"(address)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];" : "=r"(out[0]) : "r"(address) : "memory");
+  }
 }
 
 // Transposes an 8 x 8 matrix of 16-bit elements that a warp holds: pairs (row g, column 2t) in and out.

@@ -55,31 +55,10 @@ struct Scale {
     minus_low = -zero;
     divisor = sizeof(T) == 2 ? __frcp_rn(scale) : scale;
   }
-
-  // Of the range, or of the narrower one that loses least. error_of(scale, units): the group's squared error.
-  template <class F>
-  static __device__ Scale best(float low, float high, const F& error_of) {
-    const float span = __fsub_rn(high, low), part = __fdiv_rn(span, 40.0f);
-    const bool searched = span >= 0x1p-14f && span <= 0x1p15f;
-    const float units = __uint_as_float(((127u + 127u + 11u) << 23) - (__float_as_uint(span) & 0x7f800000u));
-    uint32_t least = error_of(Scale(low, high), units);
-    least -= least / 64;
-    float cut = 0.0f, best_cut = 0.0f;
-#pragma unroll 1
-    for (int i = 0; i < 7; ++i) {
-      cut = __fadd_rn(cut, part);
-      const uint32_t error = error_of(Scale(low, span, cut), units);
-      if (searched && error < least) {
-        least = error;
-        best_cut = cut;
-      }
-    }
-    return best_cut == 0.0f ? Scale(low, high) : Scale(low, span, best_cut);
-  }
 };
 
-// Of two neighbouring channels. NARROW: elements may lie outside of the range.
-template <class T, int BITS, bool NARROW>
+// Of two elements, of a group each. NARROW: they may lie outside of its range.
+template <class T, int BITS, bool NARROW = false>
 struct Quantizer {
   static constexpr float kLevels = (1 << BITS) - 1;
   Pair<T> factor, minus_low;
@@ -90,7 +69,7 @@ struct Quantizer {
       : factor(firsts(first, second)), minus_low(seconds(first, second)), divisor{first_divisor, second_divisor} {}
 
   // Rounded to an integer this is the code.
-  __device__ Pair<T> quotient(Pair<T> x) const {
+  __device__ Pair<T> quotient(Pair<T> x, Pair<T> levels) const {
     x = multiply_add(x, factor, minus_low);
     const float2 offset = to_floats(x);
     if constexpr (sizeof(T) == 2) {
@@ -98,7 +77,7 @@ struct Quantizer {
     } else {
       x = {__fdiv_rn(offset.x, divisor.x), __fdiv_rn(offset.y, divisor.y)};
     }
-    x = smaller(x, Number<T>::pair(kLevels, kLevels));
+    x = smaller(x, levels);
     return NARROW ? larger(x, Number<T>::pair(0.0f, 0.0f)) : x;
   }
 
@@ -109,10 +88,15 @@ struct Quantizer {
   static constexpr float kUnitIsOne = kIsHalf ? 1536.0f : 192.0f;
   static constexpr float kUnitIsOneInFloat = 12582912.0f;
 
+  static __device__ Pair<T> all_levels() { return Number<T>::pair(kLevels, kLevels); }
+
   // The codes, in the low bits of a half-word each.
-  __device__ uint32_t codes(Pair<T> x) const {
+  __device__ uint32_t codes(Pair<T> x) const { return codes(x, all_levels()); }
+
+  // Where groups have fewer levels than BITS give.
+  __device__ uint32_t codes(Pair<T> x, Pair<T> levels) const {
     constexpr uint32_t kMask = ((1u << BITS) - 1) * 0x00010001u;
-    x = quotient(x);
+    x = quotient(x, levels);
     if constexpr (kRoundsPairs) {
       return bits_of(__hadd2_rn(x, Number<T>::pair(kUnitIsOne, kUnitIsOne))) & kMask;
     } else {
@@ -127,10 +111,10 @@ struct Quantizer {
   __device__ uint2 squared_errors(Pair<T> x, float2 scale, float2 units) const {
     float2 code;
     if constexpr (kRoundsPairs) {
-      const Pair<T> biased = __hadd2_rn(quotient(x), Number<T>::pair(kUnitIsOne, kUnitIsOne));
+      const Pair<T> biased = __hadd2_rn(quotient(x, all_levels()), Number<T>::pair(kUnitIsOne, kUnitIsOne));
       code = to_floats(__hadd2_rn(biased, Number<T>::pair(-kUnitIsOne, -kUnitIsOne)));
     } else {
-      code = to_floats(quotient(x));
+      code = to_floats(quotient(x, all_levels()));
       code.x = __fadd_rn(__fadd_rn(code.x, kUnitIsOneInFloat), -kUnitIsOneInFloat);
       code.y = __fadd_rn(__fadd_rn(code.y, kUnitIsOneInFloat), -kUnitIsOneInFloat);
     }
@@ -196,6 +180,19 @@ struct KeyCodes {
     }
     return half;
   }
+};
+
+// Low bits of boosted channels, which are numbered in ascending order: a word holds eight of them of two tokens.
+struct BoostCodes {
+  static constexpr int kChannels = 8, kTokenBits = 8;
+
+  // The word of a block's channels and a token; that of the next two tokens follows.
+  static __device__ int offset(const Layout& layout, int block, int token) {
+    return layout.k_boost_offset + 4 * (block * (layout.group_size / 2) + token / 2);
+  }
+
+  // Of a channel of the block and an even token.
+  static __device__ int bit_of(int index) { return index / 4 * 16 + index % 4 * 2; }
 };
 
 // Value codes: eight tokens (an octet) of an even channel and the next lie in BITS / 2 words. Token j of four has slot

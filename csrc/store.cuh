@@ -12,8 +12,8 @@
 // - values: a token's group of channels is in 16 or 32 lanes, which find all eight minima at once, halving what each
 //   lane has at each step; a lane has all codes of its words.
 //
-// With scale_search each group is quantized for eight ranges, from registers where it has 32 elements: about 100
-// instructions an element. A kernel of its own, so that without the search nothing changes.
+// What may change the choice of scales (scale_search, boosted channels) or the values (rotate_values) is in
+// tuned_store.cuh, a kernel of its own, so that without them nothing changes.
 //
 // Decoding is bound by a chain of dependent loads (rows' starts, block table, page); prefill by memory, if instructions
 // stay below about 20 an element.
@@ -27,37 +27,28 @@ namespace kivi::cuda {
 
 constexpr int kStoreThreads = 256;
 
-// Two channels of eight tokens. `aligned`: otherwise rows may begin anywhere.
+// Two elements from global memory. `aligned`: otherwise they may begin anywhere.
 template <class T>
-__device__ inline void load_tokens(Pair<T> (&x)[8], const char* const* rows, int channel, bool aligned) {
-  const int offset = channel * int(sizeof(T));
+__device__ inline Pair<T> load_pair(const char* from, bool aligned) {
+  Pair<T> x;
   if (aligned) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) x[i] = __ldg(reinterpret_cast<const Pair<T>*>(rows[i] + offset));
+    x = __ldg(reinterpret_cast<const Pair<T>*>(from));
   } else {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const T* elements = reinterpret_cast<const T*>(rows[i] + offset);
-      x[i].x = __ldg(elements);
-      x[i].y = __ldg(elements + 1);
-    }
+    x.x = __ldg(reinterpret_cast<const T*>(from));
+    x.y = __ldg(reinterpret_cast<const T*>(from) + 1);
   }
-#pragma unroll
-  for (int i = 0; i < 8; ++i) x[i] = finite<T>(x[i]);
+  return finite<T>(x);
 }
 
-// Of a lane's group. error_of: see Scale::best.
-template <bool SEARCH, class T, int BITS, class F>
-__device__ inline Scale<T, BITS> scale_of(float low, float high, const F& error_of) {
-  if constexpr (SEARCH) {
-    return Scale<T, BITS>::best(low + 0.0f, high + 0.0f, error_of);
-  } else {
-    return Scale<T, BITS>(low, high);
-  }
+// Two channels of eight tokens.
+template <class T>
+__device__ inline void load_tokens(Pair<T> (&x)[8], const char* const* rows, int channel, bool aligned) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) x[i] = load_pair<T>(rows[i] + channel * int(sizeof(T)), aligned);
 }
 
 // Keys of channels 16 * unit to 16 * unit + 15, all tokens. rows: addresses of the group's tokens.
-template <class T, int BITS, bool SEARCH>
+template <class T, int BITS>
 __device__ inline void quantize_keys(const Layout& layout, const char* const* rows, bool aligned, int unit, int lane,
                                      char* tile) {
   using Codes = KeyCodes<BITS>;
@@ -82,43 +73,19 @@ __device__ inline void quantize_keys(const Layout& layout, const char* const* ro
   }
   // Lanes 0-7 and 16-23 compute the first channel's scale, the others the second one's.
   const bool is_second = lane & 8;
-  const int first_lane = lane & ~8, second_lane = lane | 8;
-  const auto of_channels = [&](float x) -> float2 {
-    return {__shfl_sync(~0u, x, first_lane), __shfl_sync(~0u, x, second_lane)};
-  };
-  const auto quantizer_of = [&](const Scale<T, BITS>& scale) {
-    const Pair<T> terms = Number<T>::pair(scale.factor, scale.minus_low);
-    const float2 divisors = of_channels(scale.divisor);
-    return Quantizer<T, BITS, SEARCH>(from_lane(terms, first_lane), from_lane(terms, second_lane), divisors.x,
-                                      divisors.y);
-  };
-  const auto error_of = [&](const Scale<T, BITS>& scale, float unit) {
-    const Quantizer<T, BITS, SEARCH> quantizer = quantizer_of(scale);
-    const float2 scales = of_channels(scale.scale), units = of_channels(unit);
-    uint32_t first = 0, second = 0;
-#pragma unroll 1
-    for (int run = 0; run < num_runs; ++run) {
-      if (num_runs > 1) load(run);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const uint2 errors = quantizer.squared_errors(x[i], scales, units);
-        first += errors.x;
-        second += errors.y;
-      }
-    }
-    const uint32_t sum = (is_second ? second : first) + __shfl_xor_sync(~0u, is_second ? first : second, 8);
-    return sum + __shfl_xor_sync(~0u, sum, 16);
-  };
   const float2 lows = to_floats(low), highs = to_floats(high);
-  const Scale<T, BITS> own =
-      scale_of<SEARCH, T, BITS>(is_second ? lows.y : lows.x, is_second ? highs.y : highs.x, error_of);
+  const Scale<T, BITS> own(is_second ? lows.y : lows.x, is_second ? highs.y : highs.x);
   if (lane < 16) {
     const int offset = (channel + is_second) * int(sizeof(T));
     const Pair<T> stored = Number<T>::pair(own.scale, own.zero);
     *reinterpret_cast<T*>(tile + layout.k_scale_offset + offset) = stored.x;
     *reinterpret_cast<T*>(tile + layout.k_zero_offset + offset) = stored.y;
   }
-  const Quantizer<T, BITS, SEARCH> quantizer = quantizer_of(own);
+  const int first_lane = lane & ~8, second_lane = lane | 8;
+  const Pair<T> terms = Number<T>::pair(own.factor, own.minus_low);
+  const Quantizer<T, BITS> quantizer(from_lane(terms, first_lane), from_lane(terms, second_lane),
+                                     __shfl_sync(~0u, own.divisor, first_lane),
+                                     __shfl_sync(~0u, own.divisor, second_lane));
 #pragma unroll 1
   for (int run = num_runs - 1; run >= 0; --run) {
     if (run < num_runs - 1) load(run);
@@ -135,7 +102,7 @@ __device__ inline void quantize_keys(const Layout& layout, const char* const* ro
 }
 
 // Values of tokens 8 * octet to 8 * octet + 7 and `span` channels: whole groups, one or two times 64 channels.
-template <class T, int BITS, bool SEARCH>
+template <class T, int BITS>
 __device__ inline void quantize_values(const Layout& layout, const char* const* rows, bool aligned, int octet,
                                        int first_channel, int span, int lane, char* tile) {
   using Codes = ValueCodes<BITS>;
@@ -157,42 +124,19 @@ __device__ inline void quantize_values(const Layout& layout, const char* const* 
     for (int i = 0; i < 8; ++i) range[i] = smaller(range[i], range_of(x[i]));
   }
   // Each step exchanges half of the tokens; what is left at the end is token lane % 8.
-  const auto of_token = [&](auto(&each)[8], const auto& combined) {
 #pragma unroll
-    for (int width = 4; width > 0; width /= 2) {
-      const bool upper = lane & width;
+  for (int width = 4; width > 0; width /= 2) {
+    const bool upper = lane & width;
 #pragma unroll
-      for (int i = 0; i < width; ++i) {
-        const auto kept = chosen(upper, each[i + width], each[i]), sent = chosen(upper, each[i], each[i + width]);
-        each[i] = combined(kept, from_lane_xor(sent, width));
-      }
+    for (int i = 0; i < width; ++i) {
+      const Pair<T> kept = chosen(upper, range[i + width], range[i]), sent = chosen(upper, range[i], range[i + width]);
+      range[i] = smaller(kept, from_lane_xor(sent, width));
     }
-    each[0] = combined(each[0], from_lane_xor(each[0], 8));
-    return group_size > 32 ? combined(each[0], from_lane_xor(each[0], 16)) : each[0];
-  };
-  const auto quantizer_of = [&](const Scale<T, BITS>& scale, int token) {
-    const Pair<T> terms = from_lane(Number<T>::pair(scale.factor, scale.minus_low), (lane & ~7) | token);
-    const float divisor = __shfl_sync(~0u, scale.divisor, (lane & ~7) | token);
-    return Quantizer<T, BITS, SEARCH>(terms, terms, divisor, divisor);
-  };
-  const auto error_of = [&](const Scale<T, BITS>& scale, float unit) {
-    uint32_t sums[8] = {};
-#pragma unroll 1
-    for (int chunk = 0; chunk < num_chunks; ++chunk) {
-      if (num_chunks > 1) load(chunk);
-      const bool is_channel = first_channel + 64 * chunk + 2 * lane < head_dim;
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const float own_scale = __shfl_sync(~0u, scale.scale, (lane & ~7) | i);
-        const float own_unit = __shfl_sync(~0u, unit, (lane & ~7) | i);
-        const uint2 errors = quantizer_of(scale, i).squared_errors(x[i], {own_scale, own_scale}, {own_unit, own_unit});
-        sums[i] += is_channel ? errors.x + errors.y : 0;
-      }
-    }
-    return of_token(sums, [](uint32_t a, uint32_t b) { return a + b; });
-  };
-  const float2 limits = to_floats(of_token(range, [](Pair<T> a, Pair<T> b) { return smaller(a, b); }));
-  const Scale<T, BITS> own = scale_of<SEARCH, T, BITS>(limits.x, -limits.y, error_of);
+  }
+  range[0] = smaller(range[0], from_lane_xor(range[0], 8));
+  if (group_size > 32) range[0] = smaller(range[0], from_lane_xor(range[0], 16));
+  const float2 limits = to_floats(range[0]);
+  const Scale<T, BITS> own(limits.x, -limits.y);
   const int group = (first_channel + 2 * lane) >> (__ffs(group_size) - 1);
   if ((lane & (min(group_size / 2, 32) - 1)) < 8 && group < layout.num_value_groups) {
     const int offset = (group * group_size + 8 * octet + lane % 8) * int(sizeof(T));
@@ -200,13 +144,17 @@ __device__ inline void quantize_values(const Layout& layout, const char* const* 
     *reinterpret_cast<T*>(tile + layout.v_scale_offset + offset) = stored.x;
     *reinterpret_cast<T*>(tile + layout.v_zero_offset + offset) = stored.y;
   }
+  const Pair<T> own_terms = Number<T>::pair(own.factor, own.minus_low);
 #pragma unroll 1
   for (int chunk = num_chunks - 1; chunk >= 0; --chunk) {
     if (chunk < num_chunks - 1) load(chunk);
     Halves<BITS> halves;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      halves.add(i, quantizer_of(own, i).codes(x[i]));
+      const Pair<T> terms = from_lane(own_terms, (lane & ~7) | i);
+      const float divisor = __shfl_sync(~0u, own.divisor, (lane & ~7) | i);
+      const Quantizer<T, BITS> quantizer(terms, terms, divisor, divisor);
+      halves.add(i, quantizer.codes(x[i]));
     }
     const int channel = first_channel + 64 * chunk + 2 * lane;
     if (channel < head_dim) {
@@ -215,56 +163,77 @@ __device__ inline void quantize_values(const Layout& layout, const char* const* 
   }
 }
 
-struct NewToken {
+// A row of the batch, and where it belongs.
+struct NewRow {
   int request = -1;   // -1: the row is padding
   int first_row = 0;  // of the request
   int position = 0;
+  int full_block = 0, quantized_block = 0;  // the latter only where the token completes a group
 };
 
-__device__ inline NewToken locate(const Batch& batch, int row) {
+__device__ inline NewRow find_row(const StoreParams& params, int row, bool exists) {
+  const Batch& batch = params.batch;
+  NewRow found;
+  if (!exists) return found;
   // A step of decoding has one row a request, so the first guess is right and its loads do not wait for each other.
-  NewToken token;
   int request = min(row, batch.num_reqs - 1);
   int first = __ldg(batch.query_start_loc + request), end = __ldg(batch.query_start_loc + request + 1);
   int num_tokens = __ldg(batch.seq_lens + request);
   if (row < first || row >= end) {
     request = request_of(batch.query_start_loc, batch.num_reqs, row);
-    if (request < 0) return token;
+    if (request < 0) return found;
     first = __ldg(batch.query_start_loc + request);
     end = __ldg(batch.query_start_loc + request + 1);
     num_tokens = __ldg(batch.seq_lens + request);
   }
-  return {request, first, num_tokens - (end - row)};
+  const int position = num_tokens - (end - row);
+  found = {request, first, position, block_of(params.full, request, position / params.layout.full_page_tokens)};
+  if (((position + 1) & (params.layout.group_size - 1)) == 0) {
+    found.quantized_block = block_of(params.quantized, request, position / params.layout.page_tokens);
+  }
+  return found;
 }
 
-// Of a multiprocessor: as many as have the registers they need.
-template <class T, bool SEARCH>
-constexpr int kStoreBlocks = sizeof(T) == 4 ? 2 : (SEARCH ? 3 : 4);
+// By a block: the tile of the group that the row of lane `source` completes, and in shared memory the addresses of its
+// keys and values. Null if a token of it is gone: without it the group cannot be what it should.
+template <class T>
+__device__ inline char* find_group(const StoreParams& params, const NewRow& own, int source, int row, int head,
+                                   const char** keys, const char** values) {
+  const Layout& layout = params.layout;
+  const int request = __shfl_sync(~0u, own.request, source), first_new_row = __shfl_sync(~0u, own.first_row, source);
+  const int first = __shfl_sync(~0u, own.position, source) + 1 - layout.group_size;
+  bool gone = false;
+  if (threadIdx.x < layout.group_size) {
+    const int t = threadIdx.x, token_row = row + 1 - layout.group_size + t;
+    if (token_row >= first_new_row) {
+      keys[t] = row_of<T>(params.key, token_row, head);
+      values[t] = row_of<T>(params.value, token_row, head);
+    } else {
+      const int block = block_of(params.full, request, (first + t) / layout.full_page_tokens);
+      keys[t] = full_token_of(layout, params.full, block, head, first + t, sizeof(T));
+      values[t] = keys[t] + layout.head_dim * sizeof(T);
+      gone = block == 0;
+    }
+  }
+  char* tile = tile_of(layout, params.quantized, __shfl_sync(~0u, own.quantized_block, source), head, first);
+  return __syncthreads_or(gone) ? nullptr : tile;
+}
 
-template <class T, int K_BITS, int V_BITS, bool SEARCH>
-__global__ void __launch_bounds__(kStoreThreads, kStoreBlocks<T, SEARCH>)
+template <class T, int K_BITS, int V_BITS>
+__global__ void __launch_bounds__(kStoreThreads, sizeof(T) == 4 ? 2 : 4)
     store_kernel(const __grid_constant__ StoreParams params, int num_rows, int rows_per_block, bool aligned) {
   constexpr int kWarps = kStoreThreads / 32;
-  constexpr bool kSearchKeys = SEARCH && (K_BITS < 8), kSearchValues = SEARCH && (V_BITS < 8);
   const Layout& layout = params.layout;
   const int head = blockIdx.x % layout.num_kv_heads, first_row = blockIdx.x / layout.num_kv_heads * rows_per_block;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int head_dim = layout.head_dim, group_size = layout.group_size, row_bytes = head_dim * sizeof(T);
+  const int head_dim = layout.head_dim, group_size = layout.group_size, row_bytes = head_dim * int(sizeof(T));
 
-  NewToken token;
-  if (lane < rows_per_block && first_row + lane < num_rows) token = locate(params.batch, first_row + lane);
-  int full_block = 0, quantized_block = 0;  // the latter only where the token completes a group
-  if (token.request >= 0) {
-    full_block = block_of(params.full, token.request, token.position / layout.full_page_tokens);
-    if (((token.position + 1) & (group_size - 1)) == 0) {
-      quantized_block = block_of(params.quantized, token.request, token.position / layout.page_tokens);
-    }
-  }
+  const NewRow token = find_row(params, first_row + lane, lane < rows_per_block && first_row + lane < num_rows);
 
   // Keys and values apart, so that neither waits for the other; the last warps, as the first ones find a group's
   // tokens.
   for (int i = kWarps - 1 - warp; i < 2 * rows_per_block; i += kWarps) {
-    const int block = __shfl_sync(~0u, full_block, i / 2), position = __shfl_sync(~0u, token.position, i / 2);
+    const int block = __shfl_sync(~0u, token.full_block, i / 2), position = __shfl_sync(~0u, token.position, i / 2);
     if (block == 0) continue;
     char* to = full_token_of(layout, params.full, block, head, position, sizeof(T)) + i % 2 * row_bytes;
     const Rows& rows = i % 2 == 0 ? params.key : params.value;
@@ -273,26 +242,11 @@ __global__ void __launch_bounds__(kStoreThreads, kStoreBlocks<T, SEARCH>)
 
   __shared__ const char* keys[kMaxGroup];
   __shared__ const char* values[kMaxGroup];
-  for (unsigned complete = __ballot_sync(~0u, quantized_block != 0); complete != 0; complete &= complete - 1) {
+  for (unsigned complete = __ballot_sync(~0u, token.quantized_block != 0); complete != 0; complete &= complete - 1) {
     const int i = __ffs(complete) - 1;
-    const int request = __shfl_sync(~0u, token.request, i), first_new_row = __shfl_sync(~0u, token.first_row, i);
-    const int first = __shfl_sync(~0u, token.position, i) + 1 - group_size;
-    char* tile = tile_of(layout, params.quantized, __shfl_sync(~0u, quantized_block, i), head, first);
     __syncthreads();  // nobody reads the addresses of the group before
-    bool gone = false;
-    if (threadIdx.x < group_size) {
-      const int t = threadIdx.x, row = first_row + i + 1 - group_size + t;
-      if (row >= first_new_row) {
-        keys[t] = row_of<T>(params.key, row, head);
-        values[t] = row_of<T>(params.value, row, head);
-      } else {
-        const int block = block_of(params.full, request, (first + t) / layout.full_page_tokens);
-        keys[t] = full_token_of(layout, params.full, block, head, first + t, sizeof(T));
-        values[t] = keys[t] + row_bytes;
-        gone = block == 0;
-      }
-    }
-    if (__syncthreads_or(gone)) continue;  // without its tokens the group cannot be what it should
+    char* tile = find_group<T>(params, token, i, first_row + i, head, keys, values);
+    if (tile == nullptr) continue;
 
     if (layout.full_precision) {
       for (int t = warp; t < group_size; t += kWarps) {
@@ -306,10 +260,10 @@ __global__ void __launch_bounds__(kStoreThreads, kStoreBlocks<T, SEARCH>)
     for (int unit = warp; unit < key_units + octets * spans; unit += kWarps) {
       const int value_unit = unit - key_units;
       if (value_unit < 0) {
-        quantize_keys<T, K_BITS, kSearchKeys>(layout, keys, aligned, unit, lane, tile);
+        quantize_keys<T, K_BITS>(layout, keys, aligned, unit, lane, tile);
       } else {
         const int octet = value_unit & (octets - 1), first_channel = (value_unit >> (__ffs(octets) - 1)) * span;
-        quantize_values<T, V_BITS, kSearchValues>(layout, values, aligned, octet, first_channel, span, lane, tile);
+        quantize_values<T, V_BITS>(layout, values, aligned, octet, first_channel, span, lane, tile);
       }
     }
   }

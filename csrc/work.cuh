@@ -21,10 +21,12 @@ __host__ __device__ constexpr int halves_at_once(int head_dim, int k_bits) {
 }
 
 // 32-bit words of shared memory of a warp besides its stages: scales and zeros of a step as half2, the query as
-// operands, and four for each lane.
+// operands, four for each lane, and where there are boosted channels the query once more and a list of them.
 __host__ __device__ constexpr int scale_words(int head_dim) { return 3 * head_dim / 2; }  // of a half
-__host__ __device__ constexpr int warp_words(int head_dim, int k_bits) {
-  return halves_at_once(head_dim, k_bits) * scale_words(head_dim) + kColumns * head_dim / 2 + 32 * 4;
+__host__ __device__ constexpr int warp_words(int head_dim, int k_bits, int boosted_channels) {
+  const int halves = halves_at_once(head_dim, k_bits);
+  const int boost = boosted_channels == 0 ? 0 : kColumns * head_dim / 2 + halves * boosted_channels;
+  return halves * scale_words(head_dim) + kColumns * head_dim / 2 + 32 * 4 + boost;
 }
 
 // What P is multiplied by, and by how much a score may exceed the maximum, as exponents of 2. With the tops of

@@ -57,6 +57,9 @@ def test_presets_and_shapes(group_size: int, preset: str, head_dim: int, dtype: 
         residual_length=rng.choice((0, 32, 128)),
         sink_tokens=rng.choice((0, 4)),
         page_tokens=group_size * rng.randint(1, 2),
+        rotate_values=rng.random() < 0.5,
+        scale_search=rng.random() < 0.5,
+        boosted_fraction=rng.choice((4, 8)) if preset == "kivi2_boost" else 0,
     )
     lengths = [*rng.sample(edge_lengths(fmt), 5), rng.randint(1000, 3000)]
     pool, _, _ = filled_pool(fmt, lengths, window=fmt.residual_length + group_size)

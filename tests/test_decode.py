@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from conftest import POISON, Pool, assert_as_exact_as_torch, filled_pool, int32, starts
+from conftest import POISON, Pool, assert_as_exact_as_torch, filled_pool, int32, starts, tokens
 from torch import Tensor
 
 from vllm_kivi import ops, reference
-from vllm_kivi.format import DTYPE_BYTES, GROUP_SIZES, HEAD_DIMS, PRESETS, KVFormat
+from vllm_kivi.format import ACCEPTED_FRACTIONS, DTYPE_BYTES, GROUP_SIZES, HEAD_DIMS, PRESETS, KVFormat
 
 RATIOS = (1, 3, 4, 5, 7)
 
@@ -70,6 +70,7 @@ def test_presets_and_shapes(preset: str, head_dim: int, dtype: str) -> None:
         residual_length=rng.choice((0, 32, 128)),
         sink_tokens=rng.choice((0, 4)),
         page_tokens=group_size * rng.randint(1, 2),
+        rotate_values=rng.random() < 0.5,
     )
     lengths = rng.sample(edge_lengths(fmt), 5)
     pool, _, _ = filled_pool(fmt, lengths, window=fmt.residual_length + group_size)
@@ -77,12 +78,52 @@ def test_presets_and_shapes(preset: str, head_dim: int, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPE_BYTES)
-@pytest.mark.parametrize(("k_bits", "v_bits"), sorted(set(PRESETS.values())))
-def test_instruction_sets(k_bits: int, v_bits: int, dtype: str, isa: str) -> None:
-    preset = next(name for name, bits in PRESETS.items() if bits == (k_bits, v_bits))
-    fmt = KVFormat(preset, 80, num_kv_heads=2, dtype=dtype, residual_length=32, sink_tokens=4)
+@pytest.mark.parametrize("rotate_values", [False, True])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_instruction_sets(preset: str, rotate_values: bool, dtype: str, isa: str) -> None:
+    fmt = KVFormat(
+        preset, 80, num_kv_heads=2, dtype=dtype, residual_length=32, sink_tokens=4, rotate_values=rotate_values
+    )
     pool, _, _ = filled_pool(fmt, [1, 64, 97, 200])
     check(pool, queries(fmt, 4, 3), [1] * 4)
+
+
+@pytest.mark.parametrize("dtype", DTYPE_BYTES)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("fraction", ACCEPTED_FRACTIONS)
+def test_boosted_channels(fraction: int, head_dim: int, dtype: str, isa: str) -> None:
+    """Every number of them, also in several splits and tiles a block; a few channels hold most of the scores."""
+    fmt = KVFormat(
+        "kivi2_boost",
+        head_dim,
+        num_kv_heads=2,
+        dtype=dtype,
+        group_size=random.Random(f"{fraction} {head_dim} {dtype}").choice(GROUP_SIZES),
+        residual_length=32,
+        sink_tokens=4,
+        rotate_values=True,
+        boosted_fraction=fraction,
+    )
+    pool = Pool(fmt, [1300, 555])
+    generator = torch.Generator().manual_seed(0)
+    key, value = (tokens(fmt, 1855, generator) for _ in range(2))
+    key[..., 5::31] *= 3
+    ops.store(key, value, *pool.pages(), starts([1300, 555]), int32([1300, 555]), fmt.layout())
+    check(pool, queries(fmt, 2, 5), [1, 1])
+
+
+def test_unwritten_pages_stay_local(isa: str) -> None:
+    """Pages whose scales have any signs, none or all of them: other requests keep their bits."""
+    for dtype in ("bfloat16", "float32"):
+        fmt = KVFormat("kivi2_boost", 128, num_kv_heads=2, dtype=dtype, residual_length=32)
+        lengths = [600, 200, 600]
+        pool, _, _ = filled_pool(fmt, lengths)
+        query = queries(fmt, 3, 3)
+        expected = decode(pool, query, [1, 1, 1])
+        blocks = pool.quantized_table[0, : 600 // fmt.page_tokens].long()
+        for byte in (0x00, 0x7F, 0x80, 0xFF):
+            pool.quantized[blocks] = byte
+            assert torch.equal(decode(pool, query, [1, 1, 1])[1:], expected[1:])
 
 
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
@@ -115,7 +156,15 @@ def test_ratios(ratio: int, isa: str) -> None:
 @pytest.mark.parametrize("residual_length", [0, 32])
 def test_speculative_rows(residual_length: int, num_rows: int) -> None:
     """Each row has the boundary of its own length, also where one boundary lies between two rows of a step."""
-    fmt = KVFormat("kivi2", 64, num_kv_heads=2, dtype="float32", residual_length=residual_length, sink_tokens=4)
+    fmt = KVFormat(
+        "kivi2_boost",
+        64,
+        num_kv_heads=2,
+        dtype="float32",
+        residual_length=residual_length,
+        sink_tokens=4,
+        rotate_values=True,
+    )
     lengths = [num_rows, 31, 32, 33, 34, 35, 36, 63, 64, 65, 66, 98, 130]
     counts = [min(num_rows, length) for length in lengths]
     counts[3] = 1
@@ -155,7 +204,9 @@ def test_full_precision_bypass(preset: str, isa: str) -> None:
 
 def test_bits_do_not_depend_on_the_batch(isa: str) -> None:
     """Alone or among others, on any blocks, with any number of threads: the same bits."""
-    fmt = KVFormat("kivi2", 64, num_kv_heads=2, dtype="bfloat16", residual_length=32, sink_tokens=4)
+    fmt = KVFormat(
+        "kivi2_boost", 64, num_kv_heads=2, dtype="bfloat16", residual_length=32, sink_tokens=4, rotate_values=True
+    )
     lengths = [1, 40, 700, 1500, 4000]
     query = queries(fmt, len(lengths), 3)
     pool, keys, values = filled_pool(fmt, lengths)
@@ -195,7 +246,16 @@ def test_bad_neighbours_stay_local(isa: str) -> None:
 
 def test_unused_bytes_are_not_read(isa: str) -> None:
     """Poison in all that no row may read: tokens behind the window, codes and scales past the boundary and of sinks."""
-    fmt = KVFormat("kivi2", 64, num_kv_heads=2, dtype="bfloat16", residual_length=32, sink_tokens=4, page_tokens=64)
+    fmt = KVFormat(
+        "kivi2_boost",
+        64,
+        num_kv_heads=2,
+        dtype="bfloat16",
+        residual_length=32,
+        sink_tokens=4,
+        page_tokens=64,
+        rotate_values=True,
+    )
     lengths = [150, 99]
     pool, _, _ = filled_pool(fmt, lengths)
     query = queries(fmt, 2, 3)

@@ -8,6 +8,8 @@ import pytest
 import torch
 from engines import assert_same, assert_same_bits, engine, generate, logprobs, prompt, save_tiny_llama, tokens
 
+from vllm_kivi.options import PUBLISHED
+
 BYPASS = {"kivi": {"full_precision": True}}
 SINKS = {"kivi": {"sink_tokens": 5}}
 
@@ -56,7 +58,7 @@ def test_quantization_is_real(model):
         forced = [p + tokens(o) for p, o in zip(prompts, expected, strict=True)]
     error = {}
     for dtype in ("auto", "kivi8", "kivi4", "kivi2"):
-        with engine(model, dtype, max_num_batched_tokens=128) as llm:
+        with engine(model, dtype, additional_config={"kivi": PUBLISHED}, max_num_batched_tokens=128) as llm:
             outputs = generate(llm, forced, max_tokens=1, prompt_logprobs=0)
         rows = [[next(iter(e.values())).logprob for e in o.prompt_logprobs[1:]] for o in outputs]
         error[dtype] = torch.tensor(rows)

@@ -31,7 +31,7 @@ from vllm_kivi.format import (
     KVFormat,
     head_bytes,
 )
-from vllm_kivi.options import KiviOptions
+from vllm_kivi.options import DEFAULTS, PUBLISHED, KiviOptions
 
 ROOT = Path(__file__).parent.parent
 PRECISION = {"bfloat16": 8, "float16": 11, "float32": 24}  # bits of the significand
@@ -41,6 +41,10 @@ ALL_FORMATS = [
     for preset, head_dim, group_size, dtype, full_precision in itertools.product(
         PRESETS, HEAD_DIMS, GROUP_SIZES, DTYPE_BYTES, (False, True)
     )
+]
+ALL_FORMATS += [
+    KVFormat("kivi2_boost", head_dim, 2, dtype, group_size=group_size, boosted_fraction=8)
+    for head_dim, group_size, dtype in itertools.product(HEAD_DIMS, GROUP_SIZES, DTYPE_BYTES)
 ]
 
 
@@ -55,7 +59,8 @@ def one_thread():
 
 def name_of(fmt: KVFormat) -> str:
     bypass = "-full" if fmt.full_precision else ""
-    return f"{fmt.preset}-{fmt.head_dim}-{fmt.group_size}-{fmt.dtype}{bypass}"
+    eighth = "-eighth" if fmt.boosted_fraction == 8 else ""
+    return f"{fmt.preset}-{fmt.head_dim}-{fmt.group_size}-{fmt.dtype}{bypass}{eighth}"
 
 
 # ---------------------------------------------------------------------------------------------------- the second packer
@@ -86,26 +91,31 @@ def quantized_group(group: list[float], bits: int, dtype: str) -> tuple[list[int
     return [round(min(max(q, 0.0), float(levels))) for q in quotients], scale, low
 
 
+def f32(x: float) -> float:
+    """float64 has room for float32 operations: to round its results is exact."""
+    return rounded(x, "float32")
+
+
+def exponent_of(span: float) -> int:
+    return math.frexp(span)[1] - 1
+
+
+def loss(group: list[float], codes: list[int], scale: float, zero: float) -> int:
+    """docs/FORMAT.md, word by word, as all that follows."""
+    units = 2.0 ** (11 - exponent_of(f32(max(group) - min(group))))
+    mantissa, exponent = math.frexp(scale)
+    short = math.ldexp(math.floor(mantissa * 2**16), exponent - 16)
+    errors = (f32(f32(x - zero) - code * short) * units for x, code in zip(group, codes, strict=True))
+    return sum(round(error) ** 2 for error in errors)
+
+
 def searched_group(group: list[float], bits: int, dtype: str) -> tuple[list[int], float, float]:
-    """docs/FORMAT.md, word by word. float64 has room for the float32 operations: rounding its results is exact."""
     low, levels = min(group), 2**bits - 1
-
-    def f32(x: float) -> float:
-        return rounded(x, "float32")
-
     span = f32(max(group) - low)
-    units = 2.0 ** (12 - math.frexp(span)[1])
-
-    def loss(codes: list[int], scale: float, zero: float) -> int:
-        mantissa, exponent = math.frexp(scale)
-        short = math.ldexp(math.floor(mantissa * 2**16), exponent - 16)
-        errors = (f32(f32(x - zero) - code * short) * units for x, code in zip(group, codes, strict=True))
-        return sum(round(error) ** 2 for error in errors)
-
     best = quantized_group(group, bits, dtype)
     if not 2**-14 <= span <= 2**15 or bits == 8:
         return best
-    least = loss(*best)
+    least = loss(group, *best)
     least -= least // 64
     cut, part = 0.0, f32(span / 40)
     for _ in range(7):
@@ -113,9 +123,37 @@ def searched_group(group: list[float], bits: int, dtype: str) -> tuple[list[int]
         zero, scale = rounded(f32(low + cut), dtype), rounded(f32(f32(span - 2 * cut) / levels), dtype)
         quotients = (rounded(rounded(x - zero, dtype) / scale, dtype) for x in group)
         narrow = [round(min(max(q, 0.0), float(levels))) for q in quotients], scale, zero
-        if loss(*narrow) < least:
-            best, least = narrow, loss(*narrow)
+        if loss(group, *narrow) < least:
+            best, least = narrow, loss(group, *narrow)
     return best
+
+
+def boosted_channels_of(fmt: KVFormat, groups: list[list[float]]) -> list[int]:
+    """Those that lose most at 2 bits, in ascending order."""
+    quantized = searched_group if fmt.scale_search else quantized_group
+    errors = []
+    for group in groups:
+        span = f32(max(group) - min(group))
+        if 2**-14 <= span <= 2**15:
+            unit = 2.0 ** (exponent_of(span) - 11)
+            errors.append(f32(loss(group, *quantized(group, 2, fmt.dtype))) * unit**2)
+        else:
+            errors.append(0.0 if span < 1 else math.inf)
+    count = -(-len(groups) // {"kivi2_boost": fmt.boosted_fraction}[fmt.preset])
+    count += -count % 8
+    return sorted(sorted(range(len(groups)), key=lambda d: (-errors[d], d))[:count])
+
+
+def rotated(vector: list[float], dtype: str) -> list[float]:
+    x, size, half = list(vector), 1, 1
+    while len(x) % (2 * size) == 0:
+        size *= 2
+    while half < size:
+        for i in range(len(x)):
+            if i & half == 0:
+                x[i], x[i + half] = f32(x[i] + x[i + half]), f32(x[i] - x[i + half])
+        half *= 2
+    return [rounded(f32(number * f32(size**-0.5)), dtype) for number in x]
 
 
 def expected_tile(fmt: KVFormat, first_token: int, head: int) -> bytes:
@@ -127,6 +165,8 @@ def expected_tile(fmt: KVFormat, first_token: int, head: int) -> bytes:
         return b"".join(encoded(x, dtype) for row in k + v for x in row)
 
     quantized = searched_group if fmt.scale_search else quantized_group
+    if fmt.rotate_values:
+        v = [rotated(row, dtype) for row in v]
     k_bits, v_bits = PRESETS[fmt.preset]
     k_codes = bytearray(dim * group_size * k_bits // 8)
     v_codes = bytearray(dim * group_size * v_bits // 8)
@@ -139,8 +179,19 @@ def expected_tile(fmt: KVFormat, first_token: int, head: int) -> bytes:
 
     k_scale = k_zero = b""
     channels_of_word = 32 // k_bits
+    groups = [[k[t][d] for t in range(group_size)] for d in range(dim)]
+    boosted = boosted_channels_of(fmt, groups) if fmt.preset == "kivi2_boost" else []
+    k_boost = bytearray(len(boosted) * group_size // 4)
     for d in range(dim):
-        codes, scale, zero = quantized([k[t][d] for t in range(group_size)], k_bits, dtype)
+        if d in boosted:
+            codes, scale, zero = quantized(groups[d], 4, dtype)
+            j = boosted.index(d)
+            for t, code in enumerate(codes):
+                bit = 16 * (j % 8 // 4) + 8 * (t % 2) + 2 * (j % 4)
+                put(k_boost, j // 8 * (group_size // 2) + t // 2, bit, code % 4)
+            codes, scale = [code // 4 for code in codes], -scale
+        else:
+            codes, scale, zero = quantized(groups[d], k_bits, dtype)
         k_scale, k_zero = k_scale + encoded(scale, dtype), k_zero + encoded(zero, dtype)
         for t, code in enumerate(codes):
             put(k_codes, d // channels_of_word * group_size + t, k_bits * (d % channels_of_word), code)
@@ -155,7 +206,7 @@ def expected_tile(fmt: KVFormat, first_token: int, head: int) -> bytes:
                 s = 4 * d + t % 4
                 word = t // 8 * (4 * dim // slots) + s // slots
                 put(v_codes, word, 16 * (t % 8 // 4) + v_bits * (s % slots), code)
-    tile = bytes(k_codes) + k_scale + k_zero + bytes(v_codes) + v_scale + v_zero
+    tile = bytes(k_codes + k_boost) + k_scale + k_zero + bytes(v_codes) + v_scale + v_zero
     return tile + bytes(-len(tile) % group_size)
 
 
@@ -217,6 +268,16 @@ GOLDEN_PAGES = {
     "kivi_k4v2-96-64-float32-search": "ae5a13a8c88765852499bc7689399e77215bf1aa9fd56e97208aab82ba425fff",
     "kivi4-80-128-bfloat16-search": "d5c142d38805e46bf5eb0e08134b2051f28d3a1650cf6c7ef7364fc49ce9f5cf",
     "kivi8-64-32-bfloat16-search": "49d8487de750be6f81408e43b0beeed50fa1512e65e18045adfe3efc6962f399",
+    "kivi2-64-32-bfloat16-rotate": "8bf4f593f55d393e42760e346527f54ce0b8f62589e2323cc68e0598a4700de0",
+    "kivi2-80-32-float16-search-rotate": "d9a9daf6091532bac0a0f93c306d649f2c029b72760a7fffe4a2bc9b8ec896f9",
+    "kivi4-96-64-float32-rotate": "f35ebb360a5727b493046bbb570630c7128060b5668837e99812c585ec9794b6",
+    "kivi_k4v2-128-32-bfloat16-search-rotate": "34cb6090f879604c453e56dada1389b0f22cf39c8ab5abdb35e2305c98a75851",
+    "kivi2_boost-64-32-bfloat16": "2e34ff40b5f26fec379a8793fa7533a75688d6360111dc7e38c3e1dcb535d845",
+    "kivi2_boost-128-64-bfloat16-search-rotate": "899c716adda1929170946040caf157b4f813fe1536c1c48fe9fb62b305817354",
+    "kivi2_boost-80-128-float16-search": "2c638bfc7e54db68ed8c50726534f9530eabe649b536b847f4edd9f93e5fae1d",
+    "kivi2_boost-96-32-float32-rotate-eighth": "0fa583a2e8be02de2c1a71c92ade3aa6baf43fab58e3415a11f80fc2ff6be0ef",
+    "kivi2_boost-256-32-float16-eighth": "f5e92a9bd52c709ef075aa785064ab7628dcc3ddf64a1a4fe14af6c3ad37c4fc",
+    "kivi2_boost-64-32-bfloat16-full-rotate": "20ae821349d888aa576279c6003d98a1faee27c345136636d8d788b78e42d438",
     "kivi2-64-32-bfloat16-full": "20ae821349d888aa576279c6003d98a1faee27c345136636d8d788b78e42d438",
 }
 
@@ -272,10 +333,19 @@ GOLDEN_TILE = {
 
 
 def golden_format(name: str) -> KVFormat:
-    preset, head_dim, group_size, dtype = name.split("-")[:4]
-    tokens = 2 * int(group_size)
-    options = {"full_precision": name.endswith("-full"), "scale_search": name.endswith("-search")}
-    return KVFormat(preset, int(head_dim), 2, dtype, int(group_size), page_tokens=tokens, **options)
+    preset, head_dim, group_size, dtype, *flags = name.split("-")
+    return KVFormat(
+        preset,
+        int(head_dim),
+        2,
+        dtype,
+        int(group_size),
+        page_tokens=2 * int(group_size),
+        full_precision="full" in flags,
+        scale_search="search" in flags,
+        rotate_values="rotate" in flags,
+        boosted_fraction=8 if "eighth" in flags else 0,
+    )
 
 
 @pytest.mark.parametrize("name", GOLDEN_PAGES)
@@ -311,6 +381,7 @@ def sections(fmt: KVFormat) -> dict[str, tuple[int, int]]:
     value_groups = -(-dim // group_size)
     return {
         "k_codes": (fmt.k_codes_offset, dim * group_size * fmt.k_bits // 8),
+        "k_boost": (fmt.k_boost_offset, fmt.boosted_channels * group_size // 4),
         "k_scale": (fmt.k_scale_offset, dim * size),
         "k_zero": (fmt.k_zero_offset, dim * size),
         "v_codes": (fmt.v_codes_offset, dim * group_size * fmt.v_bits // 8),
@@ -340,7 +411,15 @@ def test_every_byte_has_one_owner(fmt):
 
 
 @pytest.mark.parametrize(
-    "name", ("kivi2-80-128-bfloat16", "kivi_k4v2-64-32-float16", "kivi8-80-128-float16", "kivi2-64-64-bfloat16-full")
+    "name",
+    (
+        "kivi2-80-128-bfloat16",
+        "kivi_k4v2-64-32-float16",
+        "kivi8-80-128-float16",
+        "kivi2-64-64-bfloat16-full",
+        "kivi2_boost-80-128-bfloat16-rotate",
+        "kivi2_boost-128-64-bfloat16-eighth",
+    ),
 )
 def test_store_writes_its_sections_and_nothing_else(name):
     """Over two backgrounds the written bytes agree and the others do not."""
@@ -353,10 +432,37 @@ def test_store_writes_its_sections_and_nothing_else(name):
     assert [a == b for a, b in zip(pages[0][1], pages[1][1], strict=True)] == owned
 
 
-@pytest.mark.parametrize(("preset", "bits"), (("kivi2", 3.0), ("kivi_k4v2", 4.0), ("kivi4", 5.0), ("kivi8", 9.0)))
+@pytest.mark.parametrize(
+    ("preset", "bits"),
+    (("kivi2", 3.0), ("kivi2_boost", 3.25), ("kivi_k4v2", 4.0), ("kivi4", 5.0), ("kivi8", 9.0)),
+)
 @pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
 def test_bits_per_element(preset, bits, dtype):
     assert KVFormat(preset, 128, 8, dtype).bits_per_element == bits
+
+
+def test_sizes_of_kivi2_boost():
+    """A quarter of the channels unless an eighth is asked for, in eights; and what that takes."""
+    counts = {
+        fraction: [
+            KVFormat("kivi2_boost", d, 1, "bfloat16", boosted_fraction=fraction).boosted_channels for d in HEAD_DIMS
+        ]
+        for fraction in (0, 4, 8)
+    }
+    assert counts == {0: [16, 24, 24, 32, 64], 4: [16, 24, 24, 32, 64], 8: [8, 16, 16, 16, 32]}
+    fmt = KVFormat("kivi2_boost", 128, 8, "bfloat16", group_size=64)
+    sizes = [size for _, size in sections(fmt).values()]
+    assert sizes == [2048, 512, 256, 256, 2048, 256, 256] and fmt.tile_bytes == 5632
+    assert (fmt.token_bytes, fmt.bits_per_element) == (88, 2.75)
+    assert dataclasses.replace(fmt, group_size=32, page_tokens=0, padded_page_bytes=0).bits_per_element == 3.25
+    assert dataclasses.replace(fmt, boosted_fraction=8, padded_page_bytes=0).bits_per_element == 2.625
+
+
+@pytest.mark.parametrize("fmt", ALL_FORMATS, ids=name_of)
+def test_what_is_mixed_or_boosted(fmt):
+    size = fmt.hadamard_size
+    assert fmt.head_dim % size == 0 and fmt.head_dim // size % 2 == 1 and bin(size).count("1") == 1
+    assert (fmt.boosted_channels > 0) == (fmt.preset == "kivi2_boost" and not fmt.full_precision)
 
 
 @pytest.mark.parametrize(
@@ -395,7 +501,7 @@ def test_boundary(residual_length, group_size, expected):
 @pytest.mark.parametrize(
     ("changes", "message"),
     (
-        ({"preset": "kivi3"}, "kv_cache_dtype='kivi3' .*accepted: kivi2, kivi_k4v2, kivi4, kivi8"),
+        ({"preset": "kivi3"}, "kv_cache_dtype='kivi3' .*accepted: kivi2, kivi2_boost, kivi_k4v2, kivi4, kivi8"),
         ({"head_dim": 72}, "head_dim=72 .*accepted: 64, 80, 96, 128, 256"),
         ({"dtype": "float64"}, "dtype='float64' .*accepted: bfloat16, float16, float32"),
         ({"group_size": 16}, "group_size=16 .*accepted: 32, 64, 128"),
@@ -406,6 +512,9 @@ def test_boundary(residual_length, group_size, expected):
         ({"residual_length": -1}, "residual_length=-1 must be 0 or more"),
         ({"sink_tokens": -1}, "sink_tokens=-1 must be 0 or more"),
         ({"scale_search": 8}, "scale_search=8 .*accepted: True, False"),
+        ({"rotate_values": None}, "rotate_values=None .*accepted: True, False"),
+        ({"boosted_fraction": 4}, "boosted_fraction=4 .*kivi2; leave it out, or use kivi2_boost"),
+        ({"boosted_fraction": 3, "preset": "kivi2_boost"}, "boosted_fraction=3 .*accepted: 4, 8"),
     ),
 )
 def test_bad_formats_name_the_option(changes, message):
@@ -414,13 +523,57 @@ def test_bad_formats_name_the_option(changes, message):
         KVFormat(**arguments)
 
 
+# -------------------------------------------------------------------------------------------------------------- options
+
+
+def options_of(preset: str, **options: object) -> tuple:
+    fmt = KiviOptions.from_additional_config({"kivi": options}).format(preset, 128, 1, "bfloat16")
+    names = ("group_size", "residual_length", "sink_tokens", "scale_search", "rotate_values", "boosted_fraction")
+    return tuple(getattr(fmt, name) for name in names)
+
+
+def test_the_defaults_are_those_of_the_cache_dtype():
+    assert {preset: options_of(preset) for preset in PRESETS} == {
+        "kivi2": (32, 128, 4, True, True, 0),
+        "kivi2_boost": (64, 128, 4, True, True, 4),
+        "kivi_k4v2": (32, 128, 4, True, True, 0),
+        "kivi4": (32, 128, 4, True, True, 0),
+        "kivi8": (32, 128, 0, False, False, 0),
+    }
+    assert set(DEFAULTS) == set(PRESETS)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_what_is_set_is_taken(preset):
+    settings = {
+        "group_size": 128,
+        "residual_length": 0,
+        "sink_tokens": 0,
+        "scale_search": False,
+        "rotate_values": False,
+    }
+    others = {"group_size": 32, "residual_length": 1, "sink_tokens": 9, "scale_search": True, "rotate_values": True}
+    for chosen in (settings, others):
+        assert options_of(preset, **chosen)[:5] == tuple(chosen.values())
+        for name in chosen:  # each on its own: the others stay the preset's
+            changed = dict(zip(chosen, options_of(preset), strict=False)) | {name: chosen[name]}
+            assert options_of(preset, **{name: chosen[name]})[:5] == tuple(changed.values())
+    assert options_of("kivi2_boost", boosted_fraction=8)[5] == 8
+
+
+@pytest.mark.parametrize("preset", [preset for preset in PRESETS if preset != "kivi2_boost"])
+def test_the_published_settings_are_those_of_the_format_itself(preset):
+    published = KiviOptions.from_additional_config({"kivi": PUBLISHED}).format(preset, 128, 1, "bfloat16")
+    assert published == KVFormat(preset, 128, 1, "bfloat16")
+    with pytest.raises(ValueError, match=f"boosted_fraction=4 .*{preset}; leave it out, or use kivi2_boost"):
+        options_of(preset, boosted_fraction=4)
+
+
+@pytest.mark.parametrize("name", ("scale_search", "rotate_values", "full_precision"))
 @pytest.mark.parametrize("value", (1, "yes", None))
-def test_scale_search_is_true_or_false(value):
-    assert KiviOptions.from_additional_config({}).scale_search is False
-    options = KiviOptions.from_additional_config({"kivi": {"scale_search": True}})
-    assert options.format("kivi2", 64, 1, "bfloat16").scale_search is True
-    with pytest.raises(ValueError, match=f"scale_search={value!r} .*accepted: true, false"):
-        KiviOptions.from_additional_config({"kivi": {"scale_search": value}})
+def test_switches_are_true_or_false(name, value):
+    with pytest.raises(ValueError, match=f"{name}={value!r} .*accepted: true, false"):
+        KiviOptions.from_additional_config({"kivi": {name: value}})
 
 
 # ----------------------------------------------------------------------------------------------------- the other copies
@@ -435,19 +588,27 @@ def test_layout_fields_are_those_of_params_h():
 
 def test_layout_lists_the_fields_in_order():
     fmt = KVFormat("kivi_k4v2", 80, 5, "float32", 64, 96, 4, 128, full_precision=False)
-    assert fmt.layout()[:12] == [80, 5, 4, 2, 64, 128, fmt.full_page_tokens, 96, 4, 0, 0, 2]
-    assert fmt.layout()[12:] == [offset for offset, _ in sections(fmt).values()] + [fmt.tile_bytes]
+    assert fmt.layout()[:14] == [80, 5, 4, 2, 64, 128, fmt.full_page_tokens, 96, 4, 0, 0, 0, 0, 2]
+    assert fmt.layout()[14:] == [offset for offset, _ in sections(fmt).values()] + [fmt.tile_bytes]
     assert all(type(number) is int for number in fmt.layout())
-    for index, name in ((9, "full_precision"), (10, "scale_search")):
+    for index, name in ((9, "full_precision"), (10, "scale_search"), (11, "rotate_values")):
         assert KVFormat("kivi2", 64, 1, "bfloat16", **{name: True}).layout()[index] == 1
+    boosted = KVFormat("kivi2_boost", 80, 5, "bfloat16", 64)
+    assert boosted.layout()[12] == 24
+    assert boosted.layout()[14:] == [offset for offset, _ in sections(boosted).values()] + [boosted.tile_bytes]
 
 
-def test_scale_search_moves_no_byte():
+@pytest.mark.parametrize("name", ("scale_search", "rotate_values"))
+def test_these_move_no_byte(name):
     fmt = KVFormat("kivi2", 80, 2, "bfloat16", group_size=64)
-    searched = dataclasses.replace(fmt, scale_search=True)
-    changed = [name for name, a, b in zip(LAYOUT_FIELDS, fmt.layout(), searched.layout(), strict=True) if a != b]
-    assert changed == ["scale_search"]
-    assert fmt != searched and hash(fmt) != hash(searched)
+    changed = dataclasses.replace(fmt, **{name: True})
+    assert [n for n, a, b in zip(LAYOUT_FIELDS, fmt.layout(), changed.layout(), strict=True) if a != b] == [name]
+    assert fmt != changed and hash(fmt) != hash(changed)
+
+
+def test_the_bypass_neither_rotates_nor_boosts():
+    bypass = KVFormat("kivi2_boost", 80, 2, "bfloat16", full_precision=True, rotate_values=True)
+    assert bypass.layout() == KVFormat("kivi2", 80, 2, "bfloat16", full_precision=True).layout()
 
 
 @pytest.mark.parametrize("fmt", ALL_FORMATS, ids=name_of)
@@ -490,6 +651,22 @@ def test_the_worked_example_of_the_documentation():
     one = dict(enumerate(encoded(1.0, "bfloat16")))
     scales = {2088 + i: byte for i, byte in one.items()} | {2826 + i: byte for i, byte in one.items()}
     assert {i: byte for i, byte in enumerate(page) if byte} == {1685: key_bits, 2346: value_bits} | scales
+
+
+def test_the_worked_example_of_kivi2_boost():
+    """A quarter of the channels lose more than others: 79 to 110, of which channel 100 is j = 21."""
+    fmt = KVFormat("kivi2_boost", 128, 1, "bfloat16", group_size=64)
+    offsets = [offset for offset, _ in sections(fmt).values()]
+    assert offsets == [0, 2048, 2560, 2816, 3072, 5120, 5376] and fmt.tile_bytes == 5632
+    k = torch.zeros(64, 1, 128, dtype=torch.bfloat16)
+    for d in range(79, 111):
+        k[0, 0, d], k[1, 0, d] = 15, 7
+    k[7, 0, 100] = 14
+    tile = reference.pack_tile(fmt, k, torch.zeros_like(k)).flatten().tolist()
+    boosted = [d for d in range(128) if tile[2560 + 2 * d + 1] & 0x80]
+    assert boosted == list(range(79, 111)) and boosted.index(100) == 21
+    assert tile[4 * 391 : 4 * 392] == [0, 0b11, 0, 0]
+    assert tile[2048 + 4 * 67 : 2048 + 4 * 68] == [0, 0, 0, 0b10 << 26 - 24]
 
 
 def test_format_is_pure_arithmetic():

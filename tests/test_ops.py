@@ -13,7 +13,14 @@ from conftest import Pool, check_op, int32, op_arguments
 
 from vllm_kivi import ops
 from vllm_kivi.backend import heuristics
-from vllm_kivi.format import HEAD_DIMS, LAYOUT_FIELDS, PRESETS, KVFormat
+from vllm_kivi.format import (
+    ACCEPTED_FRACTIONS,
+    BOOSTED_FRACTIONS,
+    HEAD_DIMS,
+    LAYOUT_FIELDS,
+    PRESETS,
+    KVFormat,
+)
 
 FMT = KVFormat("kivi2", 64, num_kv_heads=2, dtype="bfloat16", residual_length=32)
 
@@ -102,11 +109,14 @@ def test_layout_fields_match() -> None:
 
 def test_what_is_compiled_for_cuda_is_what_python_says() -> None:
     """csrc/variants.inc is the list; Triton serves the head sizes that it lacks."""
-    text = (Path(__file__).parent.parent / "csrc" / "variants.inc").read_text()
+    text = (Path(__file__).parent.parent / "csrc" / "variants.inc").read_text().replace("\\\n", "")
     lines = {name: re.findall(r"DO\((.*?)\)", rest) for name, rest in re.findall(r"KIVI_CUDA_(\w+)(.*)", text)}
     assert {int(item.split(",")[0]) for item in lines["HEAD_DIMS"]} <= set(HEAD_DIMS)
     bits = {tuple(int(number) for number in item.split(",")[:2]) for item in lines["BITS"]}
     assert bits == set(PRESETS.values())
+    decode = {tuple(int(number) for number in item.split(",")[:3]) for item in lines["DECODE"]}
+    boosted = {(*PRESETS[name], fraction) for name in BOOSTED_FRACTIONS for fraction in ACCEPTED_FRACTIONS}
+    assert decode == {(*pair, 0) for pair in PRESETS.values()} | boosted
     dtypes = re.findall(r"DO\(k(\w+),", text)
     assert tuple(name.lower() for name in dtypes) == heuristics.CUDA_DTYPES
 

@@ -12,7 +12,7 @@ from test_decode import RATIOS, decode, queries
 from torch import Tensor
 
 from vllm_kivi import ops, reference
-from vllm_kivi.format import DTYPE_BYTES, GROUP_SIZES, HEAD_DIMS, PRESETS, KVFormat
+from vllm_kivi.format import ACCEPTED_FRACTIONS, DTYPE_BYTES, GROUP_SIZES, HEAD_DIMS, PRESETS, KVFormat
 
 
 def chunks(xs: Sequence[Tensor], num_rows: Sequence[int]) -> Tensor:
@@ -86,6 +86,7 @@ def test_presets_and_shapes(preset: str, head_dim: int, dtype: str) -> None:
         residual_length=rng.choice((0, 32, 128)),
         sink_tokens=rng.choice((0, 4)),
         page_tokens=group_size * rng.randint(1, 2),
+        rotate_values=rng.random() < 0.5,
     )
     lengths = [40, 40 + group_size, 170]
     num_rows = [40, rng.randint(1, 40), rng.randint(1, 40)]
@@ -95,14 +96,34 @@ def test_presets_and_shapes(preset: str, head_dim: int, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPE_BYTES)
-@pytest.mark.parametrize(("k_bits", "v_bits"), sorted(set(PRESETS.values())))
-def test_instruction_sets(k_bits: int, v_bits: int, dtype: str, isa: str) -> None:
-    preset = next(name for name, bits in PRESETS.items() if bits == (k_bits, v_bits))
-    fmt = KVFormat(preset, 80, num_kv_heads=1, dtype=dtype, residual_length=32, sink_tokens=4)
+@pytest.mark.parametrize("rotate_values", [False, True])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_instruction_sets(preset: str, rotate_values: bool, dtype: str, isa: str) -> None:
+    fmt = KVFormat(
+        preset, 80, num_kv_heads=1, dtype=dtype, residual_length=32, sink_tokens=4, rotate_values=rotate_values
+    )
     num_rows = [20, 30]
     pool, keys, values = filled_pool(fmt, [20, 150])
     query = queries(fmt, sum(num_rows), 3)
     check(pool, query, chunks(keys, num_rows), chunks(values, num_rows), num_rows)
+
+
+@pytest.mark.parametrize("dtype", DTYPE_BYTES)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("fraction", ACCEPTED_FRACTIONS)
+def test_boosted_channels(fraction: int, head_dim: int, dtype: str, isa: str) -> None:
+    fmt = KVFormat(
+        "kivi2_boost",
+        head_dim,
+        num_kv_heads=1,
+        dtype=dtype,
+        group_size=64,
+        residual_length=32,
+        rotate_values=True,
+        boosted_fraction=fraction,
+    )
+    pool, keys, values = filled_pool(fmt, [250])
+    check(pool, queries(fmt, 9, 2), keys[0][-9:], values[0][-9:], [9])
 
 
 @pytest.mark.parametrize("residual_length", [0, 32])
@@ -110,13 +131,14 @@ def test_instruction_sets(k_bits: int, v_bits: int, dtype: str, isa: str) -> Non
 def test_chunk_edges(before: int, residual_length: int) -> None:
     """Chunks that begin at, before and after a group or page edge, with lengths around an edge."""
     fmt = KVFormat(
-        "kivi2",
+        "kivi2_boost",
         64,
         num_kv_heads=1,
         dtype="float32",
         residual_length=residual_length,
         sink_tokens=4,
         page_tokens=64,
+        rotate_values=True,
     )
     num_rows = [1, 2, 31, 32, 33, 65]
     pool, keys, values = filled_pool(fmt, [before + count for count in num_rows])
@@ -140,7 +162,15 @@ def test_many_query_heads() -> None:
 @pytest.mark.parametrize("residual_length", [0, 32, 128])
 def test_recomputed_rows_attend_as_decoded(residual_length: int, isa: str) -> None:
     """A preempted request that comes back in one chunk: rows after the prompt read what they read when decoded."""
-    fmt = KVFormat("kivi2", 64, num_kv_heads=2, dtype="float32", residual_length=residual_length, sink_tokens=4)
+    fmt = KVFormat(
+        "kivi2_boost",
+        64,
+        num_kv_heads=2,
+        dtype="float32",
+        residual_length=residual_length,
+        sink_tokens=4,
+        rotate_values=True,
+    )
     lengths, num_prompt = [300, 90], [150, 20]
     pool, keys, values = filled_pool(fmt, lengths)
     query = queries(fmt, sum(lengths), 3)

@@ -7,13 +7,14 @@ import itertools
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from vllm_kivi import reference
-from vllm_kivi.format import GROUP_SIZES, HEAD_DIMS, PRESETS, KVFormat
+from vllm_kivi.format import GROUP_SIZES, HEAD_DIMS, LAYOUT_FIELDS, PRESETS, KVFormat
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SPECIALS = ("nan", "inf", "-inf", "max", "min", "tiny", "-tiny", "normal", "zero", "-zero")
@@ -63,6 +64,78 @@ def published_dequantized(x: torch.Tensor, bits: int, group_size: int, dim: int)
         codes, scale, zero = published_kivi(group, bits, dim)
         parts.append(codes.double() * scale.double() + zero.double())
     return torch.cat(parts, dim)
+
+
+def finite(x: torch.Tensor) -> torch.Tensor:
+    limits = torch.finfo(x.dtype)
+    return torch.where(x.isnan(), 0.0, x).clamp(limits.min, limits.max).to(x.dtype)
+
+
+def run_of(head_dim: int) -> int:
+    """Channels that are rotated together."""
+    return max(2**i for i in range(9) if head_dim % 2**i == 0)
+
+
+def hadamard(head_dim: int) -> torch.Tensor:
+    """Sylvester's matrix on each run of channels, by its closed form: float64 [D, D], orthonormal."""
+    size = run_of(head_dim)
+
+    def sign(i: int, j: int) -> float:
+        return (-1.0) ** bin(i % size & j % size).count("1") if i // size == j // size else 0.0
+
+    signs = [[sign(i, j) for j in range(head_dim)] for i in range(head_dim)]
+    return torch.tensor(signs, dtype=torch.float64) / math.sqrt(size)
+
+
+def rotated(v: torch.Tensor) -> torch.Tensor:
+    """Pair by pair in the order of docs/FORMAT.md, in numpy's float32."""
+    head_dim = v.shape[-1]
+    x, half = finite(v).float().numpy().reshape(-1, head_dim).copy(), 1
+    with np.errstate(over="ignore", invalid="ignore"):
+        while half < run_of(head_dim):
+            for i in range(head_dim):
+                if i & half == 0:
+                    x[:, i], x[:, i + half] = x[:, i] + x[:, i + half], x[:, i] - x[:, i + half]
+            half *= 2
+        x *= np.float32(1 / math.sqrt(run_of(head_dim)))
+    return torch.from_numpy(x).to(v.dtype).view(v.shape)
+
+
+def channel_errors(k: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> np.ndarray:
+    """What each channel of one group of finite keys [G, H, D] loses: [H, D], by the words of docs/FORMAT.md."""
+    x, zeros, scales = (t.float().numpy() for t in (k, zero[0], scale[0]))
+    errors = np.zeros(x.shape[1:], dtype=np.float32)
+    for h, d in itertools.product(*map(range, errors.shape)):
+        with np.errstate(over="ignore"):
+            span = x[:, h, d].max() - x[:, h, d].min()
+        if span < 2**-14 or span > 2**15:
+            errors[h, d] = 0 if span < 1 else np.inf
+            continue
+        exponent = math.frexp(span)[1] - 1
+        mantissa, power = math.frexp(scales[h, d])
+        short = math.ldexp(math.floor(mantissa * 2**16), power - 16)
+        differences = (x[:, h, d] - zeros[h, d]).astype(np.float64) - codes[:, h, d].double().numpy() * short
+        units = np.rint(differences.astype(np.float32) * 2.0 ** (11 - exponent))
+        errors[h, d] = np.float32(sum(int(unit) ** 2 for unit in units)) * np.float32(4.0 ** (exponent - 11))
+    return errors
+
+
+def most_lossy(errors: np.ndarray, count: int) -> torch.Tensor:
+    """The channels with the largest errors, of equal ones the lower: bool [1, H, D]."""
+    chosen = torch.zeros(1, *errors.shape, dtype=torch.bool)
+    for head, row in enumerate(errors):
+        chosen[0, head, sorted(range(len(row)), key=lambda d: (-row[d], d))[:count]] = True
+    return chosen
+
+
+def published_with_boost(k: torch.Tensor, group_size: int, count: int) -> torch.Tensor:
+    """float64: published KIVI at 4 bits for `count` channels of each group and at 2 for the rest."""
+    parts = []
+    for group in groups_of(k, group_size, 0):
+        boosted = most_lossy(channel_errors(group, *published_kivi(group, 2, 0)), count)
+        two, four = (published_dequantized(group, bits, group_size, 0) for bits in (2, 4))
+        parts.append(torch.where(boosted, four, two))
+    return torch.cat(parts)
 
 
 def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, cap: float) -> torch.Tensor:
@@ -268,6 +341,112 @@ def test_strides_of_the_input_do_not_matter():
             assert torch.equal(got, want)
 
 
+# ------------------------------------------------------------------------------------------------ rotation and boost
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_values_are_rotated_by_an_orthonormal_matrix_that_is_its_own_inverse(head_dim):
+    matrix = hadamard(head_dim)
+    assert KVFormat("kivi2", head_dim, 1, "float32").hadamard_size == run_of(head_dim)
+    torch.testing.assert_close(matrix @ matrix, torch.eye(head_dim).double(), rtol=0, atol=1e-14)
+    v = torch.randn(5, 3, head_dim, generator=torch.Generator().manual_seed(0))
+    got = reference.rotate_values(v, run_of(head_dim))
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), v.double() @ matrix, rtol=0, atol=1e-5)
+    back = reference.rotate_back(v.double(), run_of(head_dim))
+    torch.testing.assert_close(back, v.double() @ matrix, rtol=0, atol=1e-13)
+
+
+@quick
+@given(st.sampled_from(HEAD_DIMS), st.sampled_from(sorted(DTYPES)), st.sampled_from((-20, 0, 10, 120)), st.randoms())
+def test_rotation_is_defined_to_the_bit(head_dim, dtype, exponent, rng):
+    generator = torch.Generator().manual_seed(rng.randrange(2**31))
+    v = finite((torch.randn(7, 2, head_dim, generator=generator) * 2.0**exponent).to(DTYPES[dtype]))
+    for _ in range(rng.randrange(5)):
+        v[rng.randrange(7), rng.randrange(2), rng.randrange(head_dim)] = special(rng.choice(SPECIALS), v.dtype)
+    want = rotated(v)
+    got = reference.rotate_values(v, run_of(head_dim))
+    assert torch.equal(got.isnan(), want.isnan())
+    assert torch.equal(got.nan_to_num(0.0, math.inf, -math.inf), want.nan_to_num(0.0, math.inf, -math.inf))
+    _, scale, zero = reference.quantize_values(got, 2, 32)
+    assert scale.isfinite().all() and zero.isfinite().all()
+
+
+def test_rotation_spreads_an_outlier():
+    """One large channel costs the others of its group all their codes, unless it is spread."""
+    v = torch.randn(64, 2, 128, generator=torch.Generator().manual_seed(0))
+    v[..., 77] *= 30
+    errors = []
+    for rotate in (False, True):
+        fmt = KVFormat("kivi2", 128, 2, "float32", group_size=64, rotate_values=rotate)
+        tile = reference.unpack_tile(fmt, reference.pack_tile(fmt, v, v))
+        errors.append((reference.dequantize_tile(fmt, tile)[1] - v).square().mean())
+    assert errors[1] < 0.5 * errors[0]
+
+
+@quick
+@given(tensors(), st.integers(0, 80), st.booleans())
+def test_the_channels_that_lose_most_are_boosted(case, count, scale_search):
+    k, group_size = case
+    count = min(count, k.shape[2])
+    two, four = (reference.quantize_keys(k, bits, group_size, scale_search) for bits in (2, 4))
+    codes, scale, zero, boosted = reference.quantize_boosted_keys(k, count, group_size, scale_search)
+    assert (boosted.sum(-1) == count).all()
+    for index, group in enumerate(groups_of(finite(k), group_size, 0)):
+        one, tokens = slice(index, index + 1), slice(index * group_size, (index + 1) * group_size)
+        want = most_lossy(channel_errors(group, two[0][tokens], two[1][one], two[2][one]), count)
+        assert torch.equal(boosted[one], want)
+        assert torch.equal(codes[tokens], torch.where(want, four[0][tokens], two[0][tokens]))
+        for got, finer, coarse in ((scale, four[1], two[1]), (zero, four[2], two[2])):
+            assert torch.equal(got[one], torch.where(want, finer[one], coarse[one]))
+
+
+def boosted_in(k: torch.Tensor, count: int = 16) -> list[int]:
+    (boosted,) = reference.quantize_boosted_keys(k[:, None], count, 32)[3][0]
+    return boosted.nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+def test_boost_of_degenerate_channels(dtype):
+    limits = torch.finfo(dtype)
+    lowest = list(range(16))
+    same = torch.randn(32, 1, generator=torch.Generator().manual_seed(0)).to(dtype).expand(32, 64)
+    for equal in (same, torch.full_like(same, 3.0), torch.full_like(same, math.nan), torch.full_like(same, math.inf)):
+        assert boosted_in(equal) == lowest
+    # An error of 0, from codes that are exact or from a small range, is not more than another one.
+    exact = torch.arange(32)[:, None].expand(32, 64).remainder(4).to(dtype).clone()
+    exact[:, 40:] *= 2.0**-16
+    assert boosted_in(exact) == lowest
+    # Only what loses something comes first, and a range above 2**15 loses infinitely much.
+    k = torch.zeros(32, 64, dtype=dtype)
+    k[:, 20:40] = torch.linspace(-1, 1, 32)[:, None].to(dtype)
+    assert boosted_in(k) == list(range(20, 36))
+    k[0, 50], k[1, 60], k[2, 61], k[3, 62] = 40000, limits.max, math.inf, math.nan
+    assert boosted_in(k) == [*range(20, 33), 50, 60, 61]
+    k[:, 3] = k[:, 20] * 2.0**-15  # a range of 2**-14 is measured: as many units as another, and far fewer absolutely
+    assert boosted_in(k, 24) == [3, *range(20, 40), 50, 60, 61]
+    assert boosted_in(k, 23) == [*range(20, 40), 50, 60, 61]
+
+
+@pytest.mark.parametrize("fraction", (4, 8))
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_exactly_the_boosted_channels_have_signed_scales(head_dim, fraction):
+    """In every tile, of whatever keys: -0.0 where the scale is 0."""
+    fmt = KVFormat("kivi2_boost", head_dim, 2, "bfloat16", boosted_fraction=fraction, scale_search=True)
+    k = torch.randn(32, 2, head_dim, generator=torch.Generator().manual_seed(0)).bfloat16()
+    k[:, 1] = 3.0
+    k[3, 0, 7], k[4, 0, 9] = math.nan, math.inf
+    tiles = reference.pack_tile(fmt, k, k)
+    stored = tiles[:, fmt.k_scale_offset : fmt.k_zero_offset].contiguous().view(torch.bfloat16)
+    assert (stored.signbit().sum(1) == fmt.boosted_channels).all()
+    assert (stored[1] == 0).all() and stored[1].signbit().tolist().index(False) == fmt.boosted_channels
+    assert stored[0, 9].signbit()
+    tile = reference.unpack_tile(fmt, tiles)
+    assert torch.equal(tile.k_boosted[0], stored.signbit()) and torch.equal(tile.k_scale[0], stored.abs())
+    assert (tile.k_codes[:, ~tile.k_boosted[0]] < 4).all() and (tile.k_codes < 16).all()
+    assert (tile.k_codes[:, 0][:, tile.k_boosted[0, 0]] > 3).any()
+
+
 @pytest.mark.parametrize("function", (reference.quantize_keys, reference.quantize_values))
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -293,25 +472,42 @@ def test_quantize_says_what_it_accepts(function, arguments, message):
     st.sampled_from(GROUP_SIZES),
     st.sampled_from(sorted(DTYPES)),
     st.booleans(),
+    st.booleans(),
+    st.booleans(),
     st.integers(0, 2**31),
 )
-def test_a_tile_unpacks_to_what_was_packed(preset, head_dim, group_size, dtype, full_precision, seed):
-    fmt = KVFormat(preset, head_dim, 2, dtype, group_size=group_size, full_precision=full_precision)
+def test_a_tile_unpacks_to_what_was_packed(
+    preset, head_dim, group_size, dtype, full_precision, rotate_values, eighth, seed
+):
+    fmt = KVFormat(
+        preset,
+        head_dim,
+        2,
+        dtype,
+        group_size=group_size,
+        full_precision=full_precision,
+        rotate_values=rotate_values,
+        boosted_fraction=8 if eighth and preset == "kivi2_boost" else 0,
+    )
     generator = torch.Generator().manual_seed(seed)
     k, v = torch.randn(2, group_size, 2, head_dim, generator=generator).to(DTYPES[dtype])
     packed = reference.pack_tile(fmt, k, v)
     assert packed.shape == (2, fmt.tile_bytes)
     tile = reference.unpack_tile(fmt, packed)
-    got_k = reference.dequantize_keys(*tile[:3], group_size)
-    got_v = reference.dequantize_values(*tile[3:], group_size)
+    got_k, got_v = reference.dequantize_tile(fmt, tile, torch.float64)
     if full_precision:
-        assert torch.equal(got_k, k.float()) and torch.equal(got_v, v.float())
+        assert torch.equal(got_k, k.double()) and torch.equal(got_v, v.double())
+        return
+    if preset == "kivi2_boost":
+        *keys, boosted = reference.quantize_boosted_keys(k, fmt.boosted_channels, group_size)
     else:
-        want = reference.quantize_keys(k, fmt.k_bits, group_size) + reference.quantize_values(v, fmt.v_bits, group_size)
-        for got, expected in zip(tile, want, strict=True):
-            assert torch.equal(got, expected)
-        assert torch.equal(got_k, reference.dequantize_keys(*want[:3], group_size))
-        assert torch.equal(got_v, reference.dequantize_values(*want[3:], group_size))
+        keys, boosted = reference.quantize_keys(k, fmt.k_bits, group_size), torch.zeros(1, 2, head_dim).bool()
+    values = reference.quantize_values(rotated(v) if rotate_values else v, fmt.v_bits, group_size)
+    for got, expected in zip(tile, (*keys, *values, boosted), strict=True):
+        assert torch.equal(got, expected)
+    assert torch.equal(got_k, reference.dequantize_keys(*keys, group_size, torch.float64))
+    want_v = reference.dequantize_values(*values, group_size, torch.float64)
+    torch.testing.assert_close(got_v, want_v @ hadamard(head_dim) if rotate_values else want_v, rtol=1e-12, atol=1e-12)
 
 
 def test_tiles_of_the_wrong_shape_are_refused():
@@ -405,16 +601,21 @@ class Pool:
 
     def seen(self, request: int, position: int, boundary: int) -> tuple[torch.Tensor, torch.Tensor]:
         """float64 keys and values of positions 0 to `position` as a row with `boundary` must see them."""
-        fmt = self.fmt
-        out = []
-        for x, bits, dim in ((self.keys[request], fmt.k_bits, 0), (self.values[request], fmt.v_bits, 2)):
-            mixed = x[: position + 1].double()
-            stop = -(-boundary // fmt.group_size) * fmt.group_size
-            if boundary > fmt.sink_tokens and not fmt.full_precision:
-                quantized = published_dequantized(x[:stop], bits, fmt.group_size, dim)
-                mixed[fmt.sink_tokens : boundary] = quantized[fmt.sink_tokens : boundary]
-            out.append(mixed)
-        return out[0], out[1]
+        fmt, stop = self.fmt, -(-boundary // self.fmt.group_size) * self.fmt.group_size
+        keys, values = self.keys[request], self.values[request]
+        k, v = keys[: position + 1].double(), values[: position + 1].double()
+        if boundary > fmt.sink_tokens and not fmt.full_precision:
+            read = slice(fmt.sink_tokens, boundary)
+            if fmt.preset == "kivi2_boost":
+                k[read] = published_with_boost(keys[:stop], fmt.group_size, fmt.boosted_channels)[read]
+            else:
+                k[read] = published_dequantized(keys[:stop], fmt.k_bits, fmt.group_size, 0)[read]
+            if fmt.rotate_values:
+                back = published_dequantized(rotated(values[:stop]), fmt.v_bits, fmt.group_size, 2)
+                v[read] = (back @ hadamard(fmt.head_dim))[read]
+            else:
+                v[read] = published_dequantized(values[:stop], fmt.v_bits, fmt.group_size, 2)[read]
+        return k, v
 
 
 def chunks(num_tokens: int, rng: random.Random, largest: int) -> list[tuple[int, int]]:
@@ -431,10 +632,11 @@ def chunks(num_tokens: int, rng: random.Random, largest: int) -> list[tuple[int,
     st.sampled_from(sorted(DTYPES)),
     st.integers(0, 200),
     st.booleans(),
+    st.booleans(),
     st.integers(0, 2**31),
 )
-@example("kivi2", (64, 32, 3), "bfloat16", 64, False, 0)
-def test_store_in_chunks_is_store_at_once(preset, shape, dtype, num_tokens, full_precision, seed):
+@example("kivi2", (64, 32, 3), "bfloat16", 64, False, False, 0)
+def test_store_in_chunks_is_store_at_once(preset, shape, dtype, num_tokens, full_precision, rotate_values, seed):
     head_dim, group_size, pages_of = shape
     fmt = KVFormat(
         preset,
@@ -444,6 +646,7 @@ def test_store_in_chunks_is_store_at_once(preset, shape, dtype, num_tokens, full
         group_size=group_size,
         page_tokens=pages_of * group_size,
         full_precision=full_precision,
+        rotate_values=rotate_values,
     )
     rng = random.Random(seed)
     lengths = [num_tokens + 1, rng.randint(1, 2 * group_size)]
@@ -544,6 +747,10 @@ FORMATS = [
     KVFormat("kivi2", 64, 2, "bfloat16", residual_length=32, padded_page_bytes=5000),
     KVFormat("kivi2", 64, 1, "float32", residual_length=32, sink_tokens=70),
     KVFormat("kivi2", 64, 2, "bfloat16", residual_length=32, sink_tokens=4, full_precision=True),
+    KVFormat("kivi2", 96, 1, "bfloat16", residual_length=32, sink_tokens=4, rotate_values=True),
+    KVFormat("kivi4", 80, 2, "float32", residual_length=33, page_tokens=64, rotate_values=True),
+    KVFormat("kivi2_boost", 64, 2, "bfloat16", residual_length=32, sink_tokens=4, page_tokens=64, rotate_values=True),
+    KVFormat("kivi2_boost", 80, 1, "float16", group_size=64, residual_length=40, boosted_fraction=8),
 ]
 
 
@@ -710,5 +917,12 @@ def test_layouts_that_do_not_fit_are_refused():
     for bad, dtype in ((layout[:-1], k.dtype), ([*layout[:-1], layout[-1] + 32], k.dtype), (layout, torch.float32)):
         with pytest.raises(ValueError):
             reference.store(k.to(dtype), v.to(dtype), *tables, bad)
-    with pytest.raises(ValueError, match="no preset"):
-        reference.store(k, v, *tables, [*layout[:2], 3, *layout[3:]])
+    index = LAYOUT_FIELDS.index("boosted_channels")
+    for bad in (
+        [*layout[:2], 3, *layout[3:]],
+        [*KVFormat("kivi4", 64, 3, "bfloat16").layout()[:index], 8, *layout[index + 1 :]],
+    ):
+        with pytest.raises(ValueError, match="no preset"):
+            reference.store(k, v, *tables, bad)
+    with pytest.raises(ValueError, match="does not belong"):
+        reference.store(k, v, *tables, [*layout[:index], 16, *layout[index + 1 :]])

@@ -11,7 +11,15 @@ from conftest import POISON, Pool, int32, starts, tokens
 from torch import Tensor
 
 from vllm_kivi import ops, reference
-from vllm_kivi.format import DTYPE_BYTES, GROUP_SIZES, HEAD_DIMS, PRESETS, KVFormat
+from vllm_kivi.format import (
+    ACCEPTED_FRACTIONS,
+    BOOSTED_FRACTIONS,
+    DTYPE_BYTES,
+    GROUP_SIZES,
+    HEAD_DIMS,
+    PRESETS,
+    KVFormat,
+)
 
 ISAS = ("avx512", "avx2", "portable")
 
@@ -45,9 +53,9 @@ def make_hostile(x: Tensor, rng: random.Random) -> None:
 
 
 def random_case(rng: random.Random) -> KVFormat:
-    group_size = rng.choice(GROUP_SIZES)
+    group_size, preset = rng.choice(GROUP_SIZES), rng.choice(tuple(PRESETS))
     return KVFormat(
-        rng.choice(tuple(PRESETS)),
+        preset,
         rng.choice(HEAD_DIMS),
         num_kv_heads=rng.randint(1, 3),
         dtype=rng.choice(tuple(DTYPE_BYTES)),
@@ -57,6 +65,8 @@ def random_case(rng: random.Random) -> KVFormat:
         page_tokens=group_size * rng.randint(1, 3),
         full_precision=rng.random() < 0.1,
         scale_search=rng.random() < 0.5,
+        rotate_values=rng.random() < 0.5,
+        boosted_fraction=rng.choice(ACCEPTED_FRACTIONS) if preset in BOOSTED_FRACTIONS else 0,
     )
 
 
@@ -92,15 +102,24 @@ def test_equals_the_reference(seed: int, isas: tuple[str, ...]) -> None:
                 assert torch.equal(ours, theirs), f"{isa}, {name} pages, {fmt}"
 
 
-@pytest.mark.parametrize(("preset", "scale_search"), [("kivi8", False), ("kivi2", True), ("kivi4", True)])
+@pytest.mark.parametrize(
+    ("preset", "options"),
+    [
+        ("kivi8", {}),
+        ("kivi2", {"scale_search": True}),
+        ("kivi4", {"scale_search": True, "rotate_values": True}),
+        ("kivi2_boost", {"scale_search": True}),
+        ("kivi2_boost", {"rotate_values": True}),
+    ],
+)
 @pytest.mark.parametrize("dtype", DTYPE_BYTES)
-def test_every_value_of_a_16_bit_type(dtype: str, preset: str, scale_search: bool, isas: tuple[str, ...]) -> None:
+def test_every_value_of_a_16_bit_type(dtype: str, preset: str, options: dict[str, bool], isas: tuple[str, ...]) -> None:
     """All 65,536 bit patterns pass through conversion and rounding, in groups of neighbours and of strangers."""
     if dtype == "float32":
         pytest.skip("too many")
     patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     shuffled = patterns[torch.randperm(2**16, generator=torch.Generator().manual_seed(0))]
-    fmt = KVFormat(preset, 64, num_kv_heads=1, dtype=dtype, scale_search=scale_search)
+    fmt = KVFormat(preset, 64, num_kv_heads=1, dtype=dtype, **options)
     for x in (patterns, shuffled):
         key = x.view(getattr(torch, dtype)).view(-1, 1, 64)
         pools = [Pool(fmt, [len(key)]) for _ in range(len(isas) + 1)]
@@ -111,6 +130,33 @@ def test_every_value_of_a_16_bit_type(dtype: str, preset: str, scale_search: boo
             ops.store(key, key, *pool.pages(), *rest)
             assert torch.equal(pool.quantized, pools[-1].quantized), isa
             assert torch.equal(pool.full, pools[-1].full), isa
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("fraction", ACCEPTED_FRACTIONS)
+def test_which_channels_are_boosted(fraction: int, head_dim: int, isa: str) -> None:
+    """The sign bits of the scales, without the reference: the worst channels, then the first of equal ones."""
+    fmt = KVFormat("kivi2_boost", head_dim, num_kv_heads=1, dtype="float32", boosted_fraction=fraction)
+    # Three of four codes are exact, and what the fourth one loses is the same in all channels.
+    key = torch.tensor([0.0, 1.0, 2.25, 3.0]).repeat(8)[:, None, None].repeat(1, 1, head_dim)
+    worst = [1, head_dim // 2 + 3, head_dim - 1]
+    key[:, :, worst[0]] *= 2
+    key[:, :, worst[1]] = torch.linspace(0, 1e6, 32)[:, None]  # a range whose losses are not counted
+    key[:, :, worst[2]] *= -3
+    key[:, :, 0] = 5.0  # loses nothing
+    pool = Pool(fmt, [32])
+    ops.store(key, key, *pool.pages(), starts([32]), int32([32]), fmt.layout())
+    tile = pool.quantized[pool.quantized_table[0, 0], 0]
+    scale = tile[fmt.k_scale_offset : fmt.k_zero_offset].view(torch.float32)
+    others = [channel for channel in range(1, head_dim) if channel not in worst]
+    expected = sorted([*worst, *others[: fmt.boosted_channels - len(worst)]])
+    assert scale.signbit().nonzero().flatten().tolist() == expected
+
+    key[:] = 5.0  # all alike, so that scales are 0 and their signs still count
+    ops.store(key, key, *pool.pages(), starts([32]), int32([32]), fmt.layout())
+    scale = tile[fmt.k_scale_offset : fmt.k_zero_offset].view(torch.float32)
+    assert (scale == 0).all()
+    assert scale.signbit().nonzero().flatten().tolist() == list(range(fmt.boosted_channels))
 
 
 def test_null_block_and_padding_rows(isa: str) -> None:

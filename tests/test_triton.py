@@ -47,8 +47,41 @@ FORMATS = [
     for preset, d, h, dtype, g, r, s, pages in SHAPES
 ]
 FORMATS.append(KVFormat("kivi2", 96, 2, "bfloat16", residual_length=32, sink_tokens=4, full_precision=True))
-all_formats = pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: f"{fmt.preset}-{fmt.head_dim}-{fmt.group_size}")
 SEARCHING = [dataclasses.replace(fmt, scale_search=True) for fmt in FORMATS[:5]]
+
+# preset, head_dim, num_kv_heads, dtype, group_size, residual_length, sink_tokens, groups of a page; scale_search,
+# rotate_values, boosted_fraction
+TUNED_SHAPES = (
+    ("kivi2_boost", 128, 1, "bfloat16", 64, 32, 4, 1, True, True, 4),
+    ("kivi2_boost", 80, 2, "float16", 128, 0, 33, 1, False, True, 4),
+    ("kivi2_boost", 256, 1, "bfloat16", 32, 32, 0, 2, False, False, 4),
+    ("kivi2_boost", 64, 1, "float32", 32, 64, 4, 3, True, True, 8),  # rounds so little that the order of stages shows
+    ("kivi4", 96, 1, "float16", 64, 0, 4, 1, True, True, 0),
+)
+TUNED = [
+    KVFormat(
+        preset,
+        d,
+        h,
+        dtype,
+        group_size=g,
+        residual_length=r,
+        sink_tokens=s,
+        page_tokens=g * pages,
+        scale_search=search,
+        rotate_values=rotate,
+        boosted_fraction=fraction,
+    )
+    for preset, d, h, dtype, g, r, s, pages, search, rotate, fraction in TUNED_SHAPES
+]
+
+
+def name_of(fmt: KVFormat) -> str:
+    options = ("search" * fmt.scale_search, "rotate" * fmt.rotate_values)
+    return "-".join(map(str, (fmt.preset, fmt.head_dim, fmt.group_size, *filter(None, options))))
+
+
+all_formats = pytest.mark.parametrize("fmt", FORMATS + TUNED, ids=name_of)
 
 
 def round_as_gpus_do() -> None:
@@ -108,17 +141,17 @@ def test_in_the_interpreter() -> None:
 
 @needs_kernels
 def test_layout_fields() -> None:
-    from vllm_kivi import triton_ops
+    from vllm_kivi.triton_ops import layout
 
     for index, field in enumerate(LAYOUT_FIELDS):
-        assert getattr(triton_ops, field.removesuffix("_offset").upper()).value == index
+        assert getattr(layout, field.removesuffix("_offset").upper()).value == index
 
 
 # --------------------------------------------------------------------------------------------------------------- store
 
 
 @needs_kernels
-@pytest.mark.parametrize("fmt", FORMATS + SEARCHING, ids=lambda fmt: f"{fmt.preset}-{fmt.head_dim}-{fmt.scale_search}")
+@pytest.mark.parametrize("fmt", FORMATS + SEARCHING + TUNED, ids=name_of)
 def test_store_equals_the_reference(fmt: KVFormat) -> None:
     """Slices of one fused projection, hostile inputs, padding rows, null blocks; a group may have old and new tokens.
 
@@ -162,6 +195,21 @@ def test_store_every_value_of_a_16_bit_type(preset: str, dtype: str) -> None:
 
 
 @needs_kernels
+def test_store_boosts_the_lower_of_equal_channels() -> None:
+    """Channels that come in threes; constants, boosted ones with scale -0.0; ranges that overflow."""
+    fmt = KVFormat("kivi2_boost", 64, num_kv_heads=3, dtype="bfloat16")
+    key = tokens(fmt, 32, torch.Generator().manual_seed(0))
+    key[:, 0] = key[:, 0, torch.arange(64) // 3 * 3]
+    key[:, 1] = 0.5
+    key[::2, 2], key[1::2, 2] = 3e38, -3e38
+    expected = Pool(fmt, [32])
+    reference.store(key[:31], key[:31], *expected.pages(), starts([31]), int32([31]), fmt.layout())
+    pool = expected.to(DEVICE)
+    test_cuda.store_both(pool, expected, key[31:], key[31:], [1], [32])
+    test_cuda.assert_same_bytes(pool, expected)
+
+
+@needs_kernels
 def test_store_skips_a_group_whose_old_tokens_are_gone() -> None:
     test_cuda.test_store_skips_a_group_whose_old_tokens_are_gone()
 
@@ -174,17 +222,17 @@ def test_store_skips_a_group_whose_old_tokens_are_gone() -> None:
 def test_decode(fmt: KVFormat) -> None:
     """Lengths at the edges of groups and windows, and one that is split; every ratio of heads in its turn."""
     g, r = fmt.group_size, fmt.residual_length
-    index = FORMATS.index(fmt)
+    index = (FORMATS + TUNED).index(fmt)
     lengths = [(1, g - 1, g, g + 1)[index % 4], r + g + index % 3 - 1, 300 + index]
     pool, _, _ = filled_pool(fmt, lengths, window=r + g)
-    test_cuda_decode.check(pool, queries(fmt, 3, (1, 3, 5, 7, 8, 9, 16, 17)[index]), [1] * 3)
+    test_cuda_decode.check(pool, queries(fmt, 3, (1, 3, 5, 7, 8, 9, 16, 17)[index % 8]), [1] * 3)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="test_long_context has more splits")
 def test_merge_takes_splits_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm_kivi import triton_ops
+    from vllm_kivi.triton_ops import decode_kernels
 
-    monkeypatch.setattr(triton_ops, "MERGED", triton_ops.tl.constexpr(1))
+    monkeypatch.setattr(decode_kernels, "MERGED", decode_kernels.tl.constexpr(1))
     test_decode(FORMATS[1])
 
 
@@ -265,8 +313,10 @@ def test_gather(fmt: KVFormat) -> None:
             continue
         tables, stop = (pool.quantized_table[request], pool.full_table[request]), first[request] + end - start
         exact = reference.gather_dequantized(fmt, pool.quantized, pool.full, *tables, stop, boundary[request])
-        for ours, theirs in zip(memory[..., : fmt.head_dim], exact, strict=True):
-            test_cuda.assert_rounded(ours[start:end], theirs[first[request] :], f"request {request}, {fmt}")
+        for kind, ours, theirs in zip("kv", memory[..., : fmt.head_dim], exact, strict=True):
+            is_rotated = kind == "v" and fmt.rotate_values
+            where = f"{kind} of request {request}, {fmt}"
+            test_cuda.assert_rounded(ours[start:end], theirs[first[request] :], is_rotated, where)
 
 
 # --------------------------------------------------------------------------------------------------------- on GPUs only

@@ -10,6 +10,7 @@ Quantized page, `page_tokens` (N) tokens of one layer, N a multiple of the group
     | section | shape and type                              | bytes                  |
     |---------|---------------------------------------------|------------------------|
     | k_codes | [D / (32 / k_bits)][G] little-endian uint32 | D * G * k_bits / 8     |
+    | k_boost | [B / 8][G / 2] uint32                       | B * G / 4              |
     | k_scale | [D] scale type                              | D * scale_bytes        |
     | k_zero  | [D] scale type                              | D * scale_bytes        |
     | v_codes | [G / 8][D * v_bits / 4] uint32              | D * G * v_bits / 8     |
@@ -18,18 +19,25 @@ Quantized page, `page_tokens` (N) tokens of one layer, N a multiple of the group
     | padding | never read or written                       | to a multiple of G     |
 
     D = head_dim; V = ceil(D / G) value groups per token, the last one shorter when G does not divide D.
+    B = boosted_channels: key channels of 4 bits among those of 2, in kivi2_boost only; 0 elsewhere.
     The scale type is the model's dtype (bfloat16, float16 or float32): what is stored is what published KIVI computes.
 
     Key code of token t, channel d:  word (d // C) * G + t, C = 32 / k_bits, at bit k_bits * (d % C).
         A word is one token's C consecutive channels, and words of consecutive tokens follow each other: a vector of
         words holds many tokens of the same channels, on AVX-512 as in a tensor-core operand.
+    Key boost: the 4-bit code of a boosted channel is 4 * a + b, and a is in k_codes like any code. b of token t and of
+        the j-th boosted channel, in ascending order: word (j // 8) * (G / 2) + t // 2, at bit
+        16 * (j % 8 // 4) + 8 * (t % 2) + 2 * (j % 4).
+        Exactly B channels of every tile have the sign bit of their scale set, and these are the boosted ones.
     Value code of token t, channel d: with o = t // 8, h = t % 8 // 4, j = t % 4 and S = 16 / v_bits slots a half-word:
         slot s = 4 * d + j;  word o * (4 * D / S) + s // S, at bit 16 * h + v_bits * (s % S).
         The two half-words of a word hold tokens that are 4 apart and otherwise equal, so one mask yields both halves of
         a packed pair; a word never mixes two runs of 8 tokens.
 
-    x ~ code * scale + zero. Keys share scale and zero per channel over the tile's G tokens, values per token over G
-    channels. With `full_precision` a tile is [G][D] keys then [G][D] values in the model's dtype, and nothing else.
+    x ~ code * |scale| + zero. Keys share scale and zero per channel over the tile's G tokens, values per token over G
+    channels. With `rotate_values` what is quantized of a value vector is H times it, H a Hadamard matrix on each run of
+    `hadamard_size` channels. With `full_precision` a tile is [G][D] keys then [G][D] values in the model's dtype, and
+    nothing else.
 
 Full-precision page, `full_page_tokens` (n) tokens of one layer:
 
@@ -56,10 +64,15 @@ MAX_HIT_STEP = 384
 # kv_cache_dtype -> (k_bits, v_bits)
 PRESETS = {
     "kivi2": (2, 2),
+    "kivi2_boost": (2, 2),
     "kivi_k4v2": (4, 2),
     "kivi4": (4, 4),
     "kivi8": (8, 8),
 }
+
+# kv_cache_dtype -> one key channel in how many has 4 bits, where that is not said
+BOOSTED_FRACTIONS = {"kivi2_boost": 4}
+ACCEPTED_FRACTIONS = (4, 8)
 
 # The order of the flat list that the ops take; csrc/params.h unpacks it in the same order (test_format compares them).
 LAYOUT_FIELDS = (
@@ -74,8 +87,11 @@ LAYOUT_FIELDS = (
     "sink_tokens",
     "full_precision",
     "scale_search",
+    "rotate_values",
+    "boosted_channels",
     "num_value_groups",
     "k_codes_offset",
+    "k_boost_offset",
     "k_scale_offset",
     "k_zero_offset",
     "v_codes_offset",
@@ -109,6 +125,9 @@ class KVFormat:
         padded_page_bytes: what the pool gives a page where another layer's page is larger; 0 means no padding.
         full_precision: the bypass, same pages and code path with nothing quantized.
         scale_search: scales and zeros are those of the narrower range that loses least; changes no offset.
+        rotate_values: values are rotated before they are quantized; changes no offset. False with full_precision, which
+            quantizes nothing.
+        boosted_fraction: one key channel in 4 or 8 has 4 bits; 0 means the preset's: none at all but in kivi2_boost.
 
     Raises:
         ValueError: names the option and what is accepted.
@@ -125,12 +144,23 @@ class KVFormat:
     padded_page_bytes: int = 0
     full_precision: bool = False
     scale_search: bool = False
+    rotate_values: bool = False
+    boosted_fraction: int = 0
 
     def __post_init__(self) -> None:
         _check("kv_cache_dtype", self.preset, tuple(PRESETS))
         _check("head_dim", self.head_dim, HEAD_DIMS)
         _check("dtype", self.dtype, tuple(DTYPE_BYTES))
         _check("group_size", self.group_size, GROUP_SIZES)
+        if self.boosted_fraction == 0:
+            object.__setattr__(self, "boosted_fraction", BOOSTED_FRACTIONS.get(self.preset, 0))
+        else:
+            _check("boosted_fraction", self.boosted_fraction, ACCEPTED_FRACTIONS)
+            if self.preset not in BOOSTED_FRACTIONS:
+                raise ValueError(
+                    f"kivi: boosted_fraction={self.boosted_fraction} is not supported with {self.preset}; "
+                    f"leave it out, or use {', '.join(BOOSTED_FRACTIONS)}"
+                )
         if self.page_tokens == 0:
             object.__setattr__(self, "page_tokens", self.group_size)
         if self.page_tokens < 0 or self.page_tokens % self.group_size:
@@ -145,9 +175,11 @@ class KVFormat:
         for name in ("residual_length", "sink_tokens"):
             if getattr(self, name) < 0:
                 raise ValueError(f"kivi: {name}={getattr(self, name)} must be 0 or more")
-        for name in ("full_precision", "scale_search"):
+        for name in ("full_precision", "scale_search", "rotate_values"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"kivi: {name}={getattr(self, name)!r} is not supported; accepted: True, False")
+        if self.full_precision:
+            object.__setattr__(self, "rotate_values", False)
 
     @property
     def k_bits(self) -> int:
@@ -167,12 +199,28 @@ class KVFormat:
         return math.ceil(self.head_dim / self.group_size)
 
     @property
+    def hadamard_size(self) -> int:
+        """Channels that `rotate_values` mixes: the largest power of two that divides head_dim."""
+        return self.head_dim & -self.head_dim
+
+    @property
+    def boosted_channels(self) -> int:
+        """Key channels of a tile that have 4 bits, a multiple of 8 so that their low bits fill whole words."""
+        if self.full_precision or not self.boosted_fraction:
+            return 0
+        return _round_up(-(-self.head_dim // self.boosted_fraction), 8)
+
+    @property
     def k_codes_offset(self) -> int:
         return 0
 
     @property
-    def k_scale_offset(self) -> int:
+    def k_boost_offset(self) -> int:
         return self.head_dim * self.group_size * self.k_bits // 8
+
+    @property
+    def k_scale_offset(self) -> int:
+        return self.k_boost_offset + self.boosted_channels * self.group_size // 4
 
     @property
     def k_zero_offset(self) -> int:

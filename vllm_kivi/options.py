@@ -7,12 +7,31 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_kivi.format import GROUP_SIZES, KVFormat
+from vllm_kivi.format import ACCEPTED_FRACTIONS, BOOSTED_FRACTIONS, GROUP_SIZES, KVFormat
+
+# The options with which kivi2, kivi_k4v2, kivi4 and kivi8 are published KIVI, bit for bit
+PUBLISHED: dict[str, Any] = {
+    "group_size": 32,
+    "residual_length": 128,
+    "sink_tokens": 0,
+    "scale_search": False,
+    "rotate_values": False,
+}
+_TUNED = PUBLISHED | {"sink_tokens": 4, "scale_search": True, "rotate_values": True}
+
+# kv_cache_dtype -> the options that nobody set
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "kivi2": _TUNED,
+    "kivi2_boost": _TUNED | {"group_size": 64, "boosted_fraction": BOOSTED_FRACTIONS["kivi2_boost"]},
+    "kivi_k4v2": _TUNED,
+    "kivi4": _TUNED,
+    "kivi8": PUBLISHED,  # for checking the plumbing: nothing between the model and its codes
+}
 
 
 @dataclass(frozen=True)
 class KiviOptions:
-    """Settings shared by all layers; the defaults are the published KIVI.
+    """Settings shared by all layers; None is the default of the cache dtype, see DEFAULTS.
 
     Args:
         group_size: G, elements that share a scale and zero: 32, 64 or 128.
@@ -20,14 +39,18 @@ class KiviOptions:
         sink_tokens: first tokens of every request that are never read quantized; 0 or more.
         full_precision: keep pages and code path but quantize nothing: tells plumbing faults from quantization error.
         scale_search: quantize each group for the narrower range that loses least, instead of for all of its range.
-            Set sink_tokens with it: the outliers of a first token that all others attend to must not be clipped.
+            It needs sink_tokens: the outliers of a first token that all others attend to must not be clipped.
+        rotate_values: quantize values after a Hadamard rotation, which spreads outliers over all channels.
+        boosted_fraction: one key channel in 4 or in 8 has 4 bits; for kivi2_boost only.
     """
 
-    group_size: int = 32
-    residual_length: int = 128
-    sink_tokens: int = 0
+    group_size: int | None = None
+    residual_length: int | None = None
+    sink_tokens: int | None = None
     full_precision: bool = False
-    scale_search: bool = False
+    scale_search: bool | None = None
+    rotate_values: bool | None = None
+    boosted_fraction: int | None = None
 
     @classmethod
     def from_additional_config(cls, additional_config: object) -> KiviOptions:
@@ -46,6 +69,11 @@ class KiviOptions:
             _check_value(name, value)
         return cls(**raw)
 
+    def resolved(self, preset: str) -> dict[str, Any]:
+        """Every option with its value for a cache dtype; without boosted_fraction where that means nothing."""
+        own = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        return DEFAULTS[preset] | own
+
     def format(self, preset: str, head_dim: int, num_kv_heads: int, dtype: str, **page: Any) -> KVFormat:
         """The byte map of a layer under these options; `page` takes KVFormat's page_tokens and padded_page_bytes."""
         return KVFormat(
@@ -54,15 +82,16 @@ class KiviOptions:
             num_kv_heads=num_kv_heads,
             dtype=dtype,
             **page,
-            **dataclasses.asdict(self),
+            **self.resolved(preset),
         )
 
 
 def _check_value(name: str, value: Any) -> None:
-    if name in ("full_precision", "scale_search"):
+    if name in ("full_precision", "scale_search", "rotate_values"):
         if not isinstance(value, bool):
             raise ValueError(f"kivi: {name}={value!r} is not supported; accepted: true, false")
     elif isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ValueError(f"kivi: {name}={value!r} is not supported; accepted: an integer of 0 or more")
-    elif name == "group_size" and value not in GROUP_SIZES:
-        raise ValueError(f"kivi: group_size={value} is not supported; accepted: {', '.join(map(str, GROUP_SIZES))}")
+    for one, accepted in (("group_size", GROUP_SIZES), ("boosted_fraction", ACCEPTED_FRACTIONS)):
+        if name == one and value not in accepted:
+            raise ValueError(f"kivi: {name}={value} is not supported; accepted: {', '.join(map(str, accepted))}")

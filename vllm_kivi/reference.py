@@ -16,21 +16,33 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vllm_kivi.format import DTYPE_BYTES, GROUP_SIZES, LAYOUT_FIELDS, PRESETS, KVFormat
+from vllm_kivi.format import (
+    ACCEPTED_FRACTIONS,
+    BOOSTED_FRACTIONS,
+    DTYPE_BYTES,
+    GROUP_SIZES,
+    LAYOUT_FIELDS,
+    PRESETS,
+    KVFormat,
+)
 
 BITS = tuple(sorted({bits for pair in PRESETS.values() for bits in pair}))
 SEARCHED_RANGES = (2.0**-14, 2.0**15)  # that scale_search narrows: no dtype over- or underflows
 
 
 class Tile(NamedTuple):
-    """An unpacked tile. With `full_precision` codes are the elements themselves, scale is 1 and zero is 0."""
+    """An unpacked tile. With `full_precision` codes are the elements themselves, scale is 1 and zero is 0.
 
-    k_codes: Tensor  # [G, H, D]
-    k_scale: Tensor  # [1, H, D]
+    With `rotate_values` its values are the rotated ones: `dequantize_tile` turns them back.
+    """
+
+    k_codes: Tensor  # [G, H, D], of boosted channels all 4 bits
+    k_scale: Tensor  # [1, H, D], without the sign that marks boosted channels
     k_zero: Tensor  # [1, H, D]
     v_codes: Tensor  # [G, H, D]
     v_scale: Tensor  # [G, H, V]
     v_zero: Tensor  # [G, H, V]
+    k_boosted: Tensor  # [1, H, D] bool
 
 
 # ------------------------------------------------------------------------------------------------------- quantization
@@ -42,11 +54,15 @@ def _codes(x: Tensor, zero: Tensor, step: Tensor, levels: Tensor) -> Tensor:
     return torch.where(step == 0, 0, codes).clamp(0, levels.item()).round().to(torch.uint8)
 
 
-def _quantize(x: Tensor, bits: int, dim: int, scale_search: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, scale and zero of groups that lie along `dim`; scale and zero keep it with length 1."""
+def _sanitize(x: Tensor) -> Tensor:
     limits = torch.finfo(x.dtype)
     # Adding 0.0 turns -0.0 into 0.0: which of the two a minimum returns depends on the order of the reduction.
-    x = torch.nan_to_num(x, nan=0.0, posinf=limits.max, neginf=limits.min) + 0.0
+    return torch.nan_to_num(x, nan=0.0, posinf=limits.max, neginf=limits.min) + 0.0
+
+
+def _quantize(x: Tensor, bits: int, dim: int, scale_search: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scale and zero of groups that lie along `dim`; scale and zero keep it with length 1."""
+    x = _sanitize(x)
     # A tensor on x's device: CUDA divides by a Python number (or a CPU scalar) through its reciprocal.
     levels = x.new_full((1,), 2**bits - 1)
     low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
@@ -57,34 +73,59 @@ def _quantize(x: Tensor, bits: int, dim: int, scale_search: bool) -> tuple[Tenso
     return _search(x, *plain, levels, dim) if scale_search and bits < 8 else plain
 
 
+class _Span(NamedTuple):
+    """Of groups along a dimension, which is kept with length 1; docs/FORMAT.md has every operation."""
+
+    low: Tensor
+    span: Tensor
+    measurable: Tensor  # where losses are defined
+    unit: Tensor  # a power of two: 2**-12 to 2**-11 of the span
+
+    def loss(self, x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, dim: int) -> Tensor:
+        """The integer sum of squared errors in units."""
+        short = (scale.float().view(torch.int32) & -256).view(torch.float32)
+        error = (x.float() - zero.float()) - codes.float() * short
+        return (error * (1 / self.unit)).round().long().square().sum(dim, keepdim=True)
+
+
+def _span(x: Tensor, dim: int) -> _Span:
+    low = x.amin(dim, keepdim=True).float()
+    span = x.amax(dim, keepdim=True).float() - low
+    measurable = (span >= SEARCHED_RANGES[0]) & (span <= SEARCHED_RANGES[1])
+    exponents = torch.where(measurable, span, 1).view(torch.int32) >> 23
+    return _Span(low, span, measurable, (exponents - 11 << 23).view(torch.float32))
+
+
 def _search(
     x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, levels: Tensor, dim: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of published quantization and that of narrower ranges, what loses least; docs/FORMAT.md has every operation."""
-    low = zero.float()
-    span = x.amax(dim, keepdim=True).float() - low
-    searched = (span >= SEARCHED_RANGES[0]) & (span <= SEARCHED_RANGES[1])
-    exponents = torch.where(searched, span, 1).view(torch.int32) >> 23
-    units = (127 + 127 + 11 - exponents << 23).view(torch.float32)  # a power of two: 2**11 to 2**12 to the range
-
-    def error_of(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        short = (scale.float().view(torch.int32) & -256).view(torch.float32)
-        error = (x.float() - zero.float()) - codes.float() * short
-        return (error * units).round().long().square().sum(dim, keepdim=True)
-
-    least = error_of(codes, scale, zero)
+    group = _span(x, dim)
+    least = group.loss(x, codes, scale, zero, dim)
     least -= least // 64
-    cut, part = torch.zeros_like(span), span / span.new_full((1,), 40)
+    cut, part = torch.zeros_like(group.span), group.span / group.span.new_full((1,), 40)
     for _ in range(7):
         cut += part
-        narrow_zero = (low + cut).to(x.dtype) + 0.0
-        narrow_scale = ((span - 2 * cut) / levels.float()).to(x.dtype)
+        narrow_zero = (group.low + cut).to(x.dtype) + 0.0
+        narrow_scale = ((group.span - 2 * cut) / levels.float()).to(x.dtype)
         narrow_codes = _codes(x, narrow_zero, narrow_scale, levels)
-        error = error_of(narrow_codes, narrow_scale, narrow_zero)
-        better = searched & (error < least)
-        least, codes = torch.where(better, error, least), torch.where(better, narrow_codes, codes)
+        loss = group.loss(x, narrow_codes, narrow_scale, narrow_zero, dim)
+        better = group.measurable & (loss < least)
+        least, codes = torch.where(better, loss, least), torch.where(better, narrow_codes, codes)
         scale, zero = torch.where(better, narrow_scale, scale), torch.where(better, narrow_zero, zero)
     return codes, scale, zero
+
+
+def _most_lossy(k: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, count: int) -> Tensor:
+    """Which `count` channels [1, H, D] of one group of keys [G, H, D] lose most by this quantization."""
+    k = _sanitize(k)
+    group = _span(k, 0)
+    error = group.loss(k, codes, scale, zero, 0).float() * group.unit.square()
+    error = torch.where(group.span < SEARCHED_RANGES[0], 0.0, error)
+    error = torch.where(group.span > SEARCHED_RANGES[1], torch.inf, error)
+    mine, other = error[..., :, None], error[..., None, :]
+    lower = torch.ones(k.shape[2], k.shape[2], dtype=torch.bool, device=k.device).tril(-1)
+    return ((other > mine) | (other == mine) & lower).sum(-1) < count
 
 
 def _check_quantize(x: Tensor, bits: int, group_size: int) -> None:
@@ -119,6 +160,43 @@ def quantize_keys(k: Tensor, bits: int, group_size: int, scale_search: bool = Fa
         tokens = slice(first, first + group_size)
         codes[tokens], scale[group : group + 1], zero[group : group + 1] = _quantize(k[tokens], bits, 0, scale_search)
     return codes, scale, zero
+
+
+def quantize_boosted_keys(
+    k: Tensor, boosted_channels: int, group_size: int, scale_search: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`quantize_keys` at 2 bits, but at 4 bits for the channels of each group and head that lose most at 2.
+
+    Returns:
+        codes, scale and zero as `quantize_keys`; boosted bool [ceil(T / G), H, D], `boosted_channels` of D are True.
+    """
+    codes, scale, zero = quantize_keys(k, 2, group_size, scale_search)
+    finer = quantize_keys(k, 4, group_size, scale_search)
+    boosted = torch.zeros(scale.shape, dtype=torch.bool, device=k.device)
+    for group, first in enumerate(range(0, k.shape[0], group_size)):
+        one, tokens = slice(group, group + 1), slice(first, first + group_size)
+        boosted[one] = _most_lossy(k[tokens], codes[tokens], scale[one], zero[one], boosted_channels)
+        codes[tokens] = torch.where(boosted[one], finer[0][tokens], codes[tokens])
+    return codes, torch.where(boosted, finer[1], scale), torch.where(boosted, finer[2], zero), boosted
+
+
+def rotate_values(v: Tensor, hadamard_size: int) -> Tensor:
+    """What `rotate_values` quantizes instead of v [T, H, D]; in v's dtype."""
+    x = _sanitize(v).float()
+    half = 1
+    while half < hadamard_size:
+        a, b = x.unflatten(-1, (-1, 2, half)).unbind(-2)
+        x = torch.stack((a + b, a - b), -2).flatten(-3)
+        half *= 2
+    return (x * x.new_full((1,), hadamard_size**-0.5)).to(v.dtype)
+
+
+def rotate_back(v: Tensor, hadamard_size: int) -> Tensor:
+    """H times each run of `hadamard_size` channels of the last dimension, in v's dtype; H is its own inverse."""
+    matrix = v.new_ones(1, 1)
+    while len(matrix) < hadamard_size:
+        matrix = torch.cat((matrix.repeat(1, 2), torch.cat((matrix, -matrix), 1)))
+    return (v.unflatten(-1, (-1, hadamard_size)) @ matrix * hadamard_size**-0.5).flatten(-2)
 
 
 def quantize_values(v: Tensor, bits: int, group_size: int, scale_search: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -205,13 +283,22 @@ def _write_tile(fmt: KVFormat, tile: Tensor, k: Tensor, v: Tensor) -> None:
         _put(tile, fmt.k_codes_offset, k.transpose(0, 1))
         _put(tile, fmt.v_codes_offset, v.transpose(0, 1))
         return
-    codes, scale, zero = quantize_keys(k, fmt.k_bits, fmt.group_size, fmt.scale_search)
+    if fmt.boosted_channels:
+        codes, scale, zero, boosted = quantize_boosted_keys(k, fmt.boosted_channels, fmt.group_size, fmt.scale_search)
+        low = (codes & 3).permute(1, 2, 0)[boosted[0]]  # of boosted channels, in ascending order: [H * B, G]
+        low = low.view(num_heads, -1, 2, 4, group_size // 2, 2).permute(0, 1, 4, 2, 5, 3)
+        _put(tile, fmt.k_boost_offset, _words(low.flatten(3), _shifts(2, k.device)))
+        codes, scale = torch.where(boosted, codes >> 2, codes), torch.where(boosted, -scale, scale)
+    else:
+        codes, scale, zero = quantize_keys(k, fmt.k_bits, fmt.group_size, fmt.scale_search)
     shifts = _shifts(fmt.k_bits, k.device)
     fields = codes.view(group_size, num_heads, -1, len(shifts)).permute(1, 2, 0, 3)  # [H, D / C, G, C]
     _put(tile, fmt.k_codes_offset, _words(fields, shifts))
     _put(tile, fmt.k_scale_offset, scale[0])
     _put(tile, fmt.k_zero_offset, zero[0])
 
+    if fmt.rotate_values:
+        v = rotate_values(v, fmt.hadamard_size)
     codes, scale, zero = quantize_values(v, fmt.v_bits, fmt.group_size, fmt.scale_search)
     shifts = _shifts(fmt.v_bits, k.device)
     slots = codes.view(-1, 2, 4, num_heads, head_dim).permute(3, 0, 1, 4, 2)  # [H, o, h, d, j], slot s = 4 * d + j
@@ -249,11 +336,21 @@ def unpack_tile(fmt: KVFormat, tile: Tensor) -> Tile:
         k = _get(tile, fmt.k_codes_offset, dtype, group_size, head_dim).transpose(0, 1)
         v = _get(tile, fmt.v_codes_offset, dtype, group_size, head_dim).transpose(0, 1)
         one, ones = k.new_ones(1, num_heads, head_dim), v.new_ones(group_size, num_heads, num_value_groups)
-        return Tile(k, one, torch.zeros_like(one), v, ones, torch.zeros_like(ones))
+        return Tile(k, one, torch.zeros_like(one), v, ones, torch.zeros_like(ones), torch.zeros_like(one).bool())
     shifts = _shifts(fmt.k_bits, tile.device)
     words = _get(tile, fmt.k_codes_offset, torch.uint8, head_dim // len(shifts), group_size, 4)
     k_codes = _fields(words, shifts, fmt.k_bits).permute(2, 0, 1, 3).reshape(group_size, num_heads, head_dim)
-    k_scale, k_zero = (_get(tile, offset, dtype, 1, head_dim) for offset in (fmt.k_scale_offset, fmt.k_zero_offset))
+    k_scale, k_zero = (
+        _get(tile, offset, dtype, 1, head_dim).transpose(0, 1) for offset in (fmt.k_scale_offset, fmt.k_zero_offset)
+    )
+    k_boosted = k_scale.signbit()
+    if fmt.boosted_channels:
+        words = _get(tile, fmt.k_boost_offset, torch.uint8, fmt.boosted_channels // 8, group_size // 2, 4)
+        fields = _fields(words, _shifts(2, tile.device), 2).unflatten(-1, (2, 2, 4))  # [H, B / 8, G / 2, j // 4, t, j]
+        low = fields.permute(2, 4, 0, 1, 3, 5).reshape(group_size, num_heads, fmt.boosted_channels)
+        # The clamp is for tiles that were never written, as a page may have.
+        place = (k_boosted.cumsum(-1) - 1).clamp(0, fmt.boosted_channels - 1).expand(k_codes.shape)
+        k_codes = torch.where(k_boosted, 4 * k_codes + low.gather(-1, place), k_codes)
 
     shifts = _shifts(fmt.v_bits, tile.device)
     words = _get(tile, fmt.v_codes_offset, torch.uint8, group_size // 8, 8 * head_dim // len(shifts), 4)
@@ -264,7 +361,14 @@ def unpack_tile(fmt: KVFormat, tile: Tensor) -> Tile:
         _get(tile, offset, dtype, num_value_groups, group_size).permute(2, 0, 1)
         for offset in (fmt.v_scale_offset, fmt.v_zero_offset)
     )
-    return Tile(k_codes, k_scale.transpose(0, 1), k_zero.transpose(0, 1), v_codes, v_scale, v_zero)
+    return Tile(k_codes, k_scale.abs(), k_zero, v_codes, v_scale, v_zero, k_boosted)
+
+
+def dequantize_tile(fmt: KVFormat, tile: Tile, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Keys and values [G, H, D] that an unpacked tile stands for, values rotated back; computed in `dtype`."""
+    keys = dequantize_keys(tile.k_codes, tile.k_scale, tile.k_zero, fmt.group_size, dtype)
+    values = dequantize_values(tile.v_codes, tile.v_scale, tile.v_zero, fmt.group_size, dtype)
+    return keys, rotate_back(values, fmt.hadamard_size) if fmt.rotate_values else values
 
 
 # -------------------------------------------------------------------------------------------------------------- pages
@@ -273,17 +377,25 @@ def unpack_tile(fmt: KVFormat, tile: Tensor) -> Tile:
 def _format(layout: Sequence[int], dtype: torch.dtype) -> KVFormat:
     """The KVFormat behind a layout list; refuses a list that no KVFormat of this dtype hands out."""
     fields = dict(zip(LAYOUT_FIELDS, layout, strict=True))
-    names = [name for name, bits in PRESETS.items() if bits == (fields["k_bits"], fields["v_bits"])]
+    bits = fields["k_bits"], fields["v_bits"]
+    boosted = fields["boosted_channels"]
+    names = [name for name, own in PRESETS.items() if own == bits and (name in BOOSTED_FRACTIONS) == (boosted > 0)]
     if not names:
         raise ValueError(f"kivi: the layout's k_bits={fields['k_bits']} and v_bits={fields['v_bits']} match no preset")
     same = ("head_dim", "num_kv_heads", "group_size", "residual_length", "sink_tokens", "page_tokens")
-    fmt = KVFormat(
-        names[0],
-        dtype=str(dtype).removeprefix("torch."),
-        full_precision=bool(fields["full_precision"]),
-        scale_search=bool(fields["scale_search"]),
-        **{name: fields[name] for name in same},
-    )
+    formats = [
+        KVFormat(
+            names[0],
+            dtype=str(dtype).removeprefix("torch."),
+            boosted_fraction=fraction,
+            full_precision=bool(fields["full_precision"]),
+            scale_search=bool(fields["scale_search"]),
+            rotate_values=bool(fields["rotate_values"]),
+            **{name: fields[name] for name in same},
+        )
+        for fraction in (ACCEPTED_FRACTIONS if boosted else (0,))
+    ]
+    fmt = next((fmt for fmt in formats if fmt.boosted_channels == boosted), formats[0])
     if fields["full_page_tokens"] > fmt.full_page_tokens:  # the pool pads this layer's pages
         used = fields["full_page_tokens"] * fmt.num_kv_heads * fmt.full_token_bytes
         fmt = dataclasses.replace(fmt, padded_page_bytes=max(used, fmt.page_bytes))
@@ -337,8 +449,7 @@ def _read_quantized(fmt: KVFormat, quantized_pages: Tensor, blocks: Tensor, posi
         raise ValueError(f"kivi: positions from {int(positions[0])} on have no quantized page (null block)")
     tiles = _tiles(fmt, quantized_pages)[block]  # [pages, H, N / G, tile_bytes]
     tile = unpack_tile(fmt, tiles.transpose(1, 2).flatten(0, 2))
-    keys = dequantize_keys(tile.k_codes, tile.k_scale, tile.k_zero, fmt.group_size, torch.float64)
-    values = dequantize_values(tile.v_codes, tile.v_scale, tile.v_zero, fmt.group_size, torch.float64)
+    keys, values = dequantize_tile(fmt, tile, torch.float64)
     shape = (fmt.group_size, -1, tiles.shape[1], fmt.head_dim)  # rows of a tile are [groups, H]
     keys, values = (x.reshape(shape).transpose(0, 1).flatten(0, 1) for x in (keys, values))
     positions = positions - first_page * fmt.page_tokens

@@ -16,6 +16,7 @@
 #include "page.h"
 #include "quantized_bytes.h"
 #include "quantized_float.h"
+#include "rotate.h"
 #include "row_block.h"
 #include "threads.h"
 
@@ -271,6 +272,8 @@ void attend_split(const AttentionParams& params, const Request& request, int hea
         with_rows<kMaxRows>(rows, [&]<int ROWS>() {
           attend_quantized<T, ROWS>(params, request.index, head, quantized_first, quantized_last, block);
         });
+        // So far the sums are over rotated values; what is added from here on is not rotated.
+        for (int row = 0; layout.rotate_values && row < rows; ++row) rotate(block.sums[row], head_dim);
       }
     }
     // Rows of the same position share their full-precision tokens: sinks, then from the boundary on.

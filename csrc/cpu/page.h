@@ -9,6 +9,7 @@ namespace kivi::cpu::KIVI_ISA {
 
 constexpr int kMaxHeadDim = 256;
 constexpr int kMaxGroup = 128;
+constexpr int kMaxBoosted = kMaxHeadDim / 4;
 // Value codes are unpacked two vectors of channels at a time, which never cross a value group.
 constexpr int kUnitChannels = 2 * kLanes;
 
@@ -75,6 +76,64 @@ struct KeyCodes {
   template <int QUAD>
   static KIVI_INLINE Words code_bytes(Words words) {
     return (words >> (QUAD % kQuads * BITS)) & kByteMask<BITS>;
+  }
+};
+
+// The sign of a key's scale marks a boosted channel: its code is that of the other channels times 4 and then the two
+// bits of BoostCodes.
+KIVI_INLINE Ints is_boosted(Floats scale) { return (Ints)scale < 0; }
+// What a two-bit code counts.
+KIVI_INLINE Floats code_step(Floats scale) { return is_boosted(scale) ? scale * -4.0f : scale; }
+
+// The boosted channels of a tile, layout.boosted_channels of them; `channels` has room for kMaxHeadDim + kLanes.
+template <class T>
+KIVI_INLINE void find_boosted(const Layout& layout, const char* tile, int32_t* channels) {
+  const T* scales = reinterpret_cast<const T*>(tile + layout.k_scale_offset);
+  // A page that was never written has any signs, and few of them must not leave indices unset.
+  for (int i = 0; i < layout.boosted_channels; i += kLanes) save(channels + i, Ints{});
+  int count = 0;
+  for (int channel = 0; channel < layout.head_dim; channel += kLanes) {
+    count += compact(channels + count, lane_index() + channel, is_boosted(to_floats(scales + channel)));
+  }
+}
+
+// The low bits of boosted channels: a word is eight of these channels (an octet) of two tokens, channels 0-3 in the low
+// half-word and 4-7 in the high one; in each the even token first.
+struct BoostCodes {
+  // Of 2 * kLanes tokens; `first` is the first channel of the octet among the boosted ones.
+  static KIVI_INLINE Words words(const char* tile, const Layout& layout, int first, int token) {
+    const char* codes = tile + layout.k_boost_offset;
+    return load<Words>(codes + 4 * (int64_t(first / 8) * (layout.group_size / 2) + token / 2));
+  }
+
+  // Codes of channel INDEX of the octet for the even (PARITY 0) or the odd tokens, as floats, less `from`.
+  template <int INDEX, int PARITY>
+  static KIVI_INLINE Floats code(Words words, float from = 0.0f) {
+    return low_bits<2>(words >> (INDEX / 4 * 16 + 8 * PARITY + 2 * (INDEX % 4)), from);
+  }
+};
+
+// The low bits of 16 boosted channels of 32 tokens as four quads of channels, for dot products of bytes. Where there
+// are only eight more channels the others are read from what follows in the tile, to be multiplied by 0.
+struct BoostBytes {
+  Words words[2];  // of even and of odd tokens
+
+  KIVI_INLINE BoostBytes(const char* tile, const Layout& layout, int first, int token) {
+    const Words a = BoostCodes::words(tile, layout, first, token);
+    const Words b = BoostCodes::words(tile, layout, first + 8, token);
+    words[0] = (a & 0x00ff00ffu) | (b << 8 & 0xff00ff00u);
+    words[1] = (a >> 8 & 0x00ff00ffu) | (b & 0xff00ff00u);
+  }
+
+  // byte_order()[4 * QUAD + byte] is the channel among the 16.
+  static KIVI_INLINE Ints byte_order() {
+    const Ints i = lane_index();
+    return i / 4 + i % 2 * 8 + i % 4 / 2 * 4;
+  }
+
+  template <int QUAD, int PARITY>
+  KIVI_INLINE Words code_bytes() const {
+    return (words[PARITY] >> (2 * QUAD)) & kByteMask<2>;
   }
 };
 

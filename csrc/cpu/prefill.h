@@ -62,6 +62,33 @@ void dequantize_keys(const Layout& layout, const char* tile, int token, TokenTil
   }
 }
 
+// Replaces the boosted channels of what dequantize_keys made of a tile.
+template <class T>
+void dequantize_boosted(const Layout& layout, const char* tile, int token, TokenTile& out, int column) {
+  int32_t channels[kMaxHeadDim + kLanes];
+  alignas(64) float scales[kMaxHeadDim], zeros[kMaxHeadDim];
+  find_boosted<T>(layout, tile, channels);
+  for (int channel = 0; channel < layout.head_dim; channel += kLanes) {
+    save(scales + channel, magnitude(to_floats(reinterpret_cast<const T*>(tile + layout.k_scale_offset) + channel)));
+    save(zeros + channel, to_floats(reinterpret_cast<const T*>(tile + layout.k_zero_offset) + channel));
+  }
+  for (int i = 0; i < kChunkTokens; i += 2 * kLanes) {
+    for (int first = 0; first < layout.boosted_channels; first += 8) {
+      const Words words = BoostCodes::words(tile, layout, first, token + i);
+      unrolled<8>([&]<int INDEX>() __attribute__((always_inline)) {
+        const int channel = channels[first + INDEX];
+        const Floats even = BoostCodes::code<INDEX, 0>(words), odd = BoostCodes::code<INDEX, 1>(words);
+        const Floats low[2] = {interleave_low(even, odd), interleave_high(even, odd)};
+        for (int j = 0; j < 2; ++j) {
+          const Words high = KeyCodes<2>::words(tile, layout, channel, token + i + j * kLanes);
+          const Floats code = low_bits<2>(high >> (2 * (channel % KeyCodes<2>::kChannels))) * 4.0f + low[j];
+          save(out.keys[channel] + column + i + j * kLanes, code * scales[channel] + zeros[channel]);
+        }
+      });
+    }
+  }
+}
+
 template <class T, int BITS>
 void dequantize_values(const Layout& layout, const char* tile, int token, TokenTile& out, int column) {
   alignas(64) float scales[kChunkTokens], zeros[kChunkTokens];
@@ -99,6 +126,7 @@ void fill_quantized(const AttentionParams& params, int request, int head, int st
     if (tile == nullptr) continue;
     out.present |= uint64_t(0xffffffff) << column;
     with_bits(layout.k_bits, [&]<int BITS>() { dequantize_keys<T, BITS>(layout, tile, token, out, column); });
+    if (layout.boosted_channels > 0) dequantize_boosted<T>(layout, tile, token, out, column);
     with_bits(layout.v_bits, [&]<int BITS>() { dequantize_values<T, BITS>(layout, tile, token, out, column); });
   }
   out.clear_absent_values(layout.head_dim);
@@ -328,11 +356,6 @@ void attend_rows(const AttentionParams& params, int request, const Chunk& chunk,
     value = reinterpret_cast<const T*>(tile + layout.v_codes_offset) + int64_t(token) * head_dim;
   };
 
-  for (int start = 0; start < at_most(sinks, visible_end); start += kTileTokens) {
-    fill_full<T>(layout, start, at_most(start + kTileTokens, at_most(sinks, visible_end)), tokens, full_row);
-    attend_tile(tokens, rows, params.logits_soft_cap,
-                [&](const RowRange& row) { return bit_range(0, row.position + 1, start); });
-  }
   for (int start = sinks / kChunkTokens * kChunkTokens; start < last_boundary; start += kTileTokens) {
     const int tile_end = at_most(start + kTileTokens, last_boundary);
     if (layout.full_precision) {
@@ -342,6 +365,15 @@ void attend_rows(const AttentionParams& params, int request, const Chunk& chunk,
     }
     attend_tile(tokens, rows, params.logits_soft_cap,
                 [&](const RowRange& row) { return bit_range(sinks, row.boundary, start); });
+  }
+  if (layout.rotate_values && !layout.full_precision && sinks < last_boundary) {
+    // So far the sums are over rotated values; what is added from here on is not rotated.
+    for (int row = 0; row < rows.count; ++row) rotate(rows.sums + int64_t(row) * head_dim, head_dim);
+  }
+  for (int start = 0; start < at_most(sinks, visible_end); start += kTileTokens) {
+    fill_full<T>(layout, start, at_most(start + kTileTokens, at_most(sinks, visible_end)), tokens, full_row);
+    attend_tile(tokens, rows, params.logits_soft_cap,
+                [&](const RowRange& row) { return bit_range(0, row.position + 1, start); });
   }
   for (int start = at_least(first_boundary, sinks); start < visible_end; start += kTileTokens) {
     fill_full<T>(layout, start, at_most(start + kTileTokens, visible_end), tokens, full_row);

@@ -5,6 +5,9 @@
 // 64 codes by 64 such bytes, so 64 codes cost a shift, a mask and two dot products per row, against four shifts,
 // lookups and FMAs. Sums are exact integers. Rounding to 16 bits costs 2^-16 of the largest element, a 16-bit model's
 // own rounding 2^-9 of each.
+//
+// Of a boosted channel, whose code is 4 a + b, a is multiplied like any code, by a query with 4 times the scale. The b
+// of a tile are multiplied by their channels of the query, which are moved next to each other.
 #pragma once
 
 #include "row_block.h"
@@ -75,10 +78,15 @@ struct alignas(64) ByteBlock {
   SplitBytes bytes[kEntries * kMaxHeadDim / 64];  // the same [tile][channel / 64][row], or weights [token / 64][row]
   Floats offset[kEntries];                        // partial sums of q . key zero or of p . value zero
   Floats largest[kEntries];
-  alignas(64) float offsets[kEntries];  // their sums
-  alignas(64) float steps[kEntries];    // what the integers count
-  float query[kMaxRows][kMaxHeadDim];   // channels in the order of the key's bytes
+  alignas(64) float offsets[kEntries];                          // their sums
+  alignas(64) float steps[kEntries];                            // what the integers count
+  float query[kMaxRows][kMaxHeadDim];                           // channels in the order of the key's bytes
+  float boosted[kMaxRows][kBlockTiles * kMaxBoosted + kLanes];  // [row][tile * width + i]: those that are boosted
+  SplitBytes boosted_bytes[kMaxRows * kBlockTiles * kMaxBoosted / 64];  // the same [(tile * width + i) / 64][row]
 };
+
+// What a tile takes of ByteBlock::boosted: its boosted channels, whole vectors of them.
+KIVI_INLINE int boosted_width(const Layout& layout) { return round_up(layout.boosted_channels, kLanes); }
 
 // Reduces offset and largest of `count` entries; `inverses` are those of their steps.
 KIVI_INLINE void reduce_entries(ByteBlock& bytes, int count, float* inverses) {
@@ -94,7 +102,9 @@ KIVI_INLINE void reduce_entries(ByteBlock& bytes, int count, float* inverses) {
 // q * scale of all tiles as bytes, and q . zero. All tiles at once, so that they share the latency of reductions and
 // divisions.
 template <class T, int BITS, int ROWS>
-void fold_key_bytes(const Layout& layout, const char* const* tiles, int num_tiles, ByteBlock& bytes) {
+void fold_key_bytes(const Layout& layout, const char* const* tiles, int num_tiles, const RowBlock& block,
+                    ByteBlock& bytes) {
+  const int width = BITS == 2 ? boosted_width(layout) : 0;
   const Ints order = KeyCodes<BITS>::byte_order();
   const int head_dim = layout.head_dim, num_parts = (head_dim + 63) / 64;
   for (int i = 0; i < num_tiles; ++i) {
@@ -102,8 +112,19 @@ void fold_key_bytes(const Layout& layout, const char* const* tiles, int num_tile
     const T* scales = reinterpret_cast<const T*>(tiles[i] + layout.k_scale_offset);
     const T* zeros = reinterpret_cast<const T*>(tiles[i] + layout.k_zero_offset);
     Floats offset[ROWS] = {}, largest[ROWS] = {};
+    int boosted = i * width;
     for (int channel = 0; channel < head_dim; channel += kLanes) {
-      const Floats scale = permuted(to_floats(scales + channel), order);
+      Floats scale = to_floats(scales + channel);
+      if (width > 0) {
+        int count = 0;
+        for (int row = 0; row < ROWS; ++row) {
+          count = compact(bytes.boosted[row] + boosted, load<Floats>(block.query[row] + channel) * magnitude(scale),
+                          is_boosted(scale));
+        }
+        boosted = at_most(boosted + count, i * width + layout.boosted_channels);
+        scale = code_step(scale);
+      }
+      scale = permuted(scale, order);
       const Floats zero = permuted(to_floats(zeros + channel), order);
       for (int row = 0; row < ROWS; ++row) {
         const Floats q = load<Floats>(bytes.query[row] + channel), folded = q * scale;
@@ -115,6 +136,7 @@ void fold_key_bytes(const Layout& layout, const char* const* tiles, int num_tile
     for (int row = 0; row < ROWS; ++row) {
       bytes.offset[i * ROWS + row] = offset[row];
       bytes.largest[i * ROWS + row] = largest[row];
+      if (width > 0) save(bytes.boosted[row] + boosted, Floats{});
     }
   }
   alignas(64) float inverses[ByteBlock::kEntries];
@@ -129,6 +151,40 @@ void fold_key_bytes(const Layout& layout, const char* const* tiles, int num_tile
         }
         bytes.bytes[(i * num_parts + part) * ROWS + row].save_integers(values);
       }
+      for (int j = 0; j < width; j += kLanes) {  // in place, to be packed below
+        float* at = bytes.boosted[row] + i * width + j;
+        save(at, nearest(permuted(load<Floats>(at), BoostBytes::byte_order()) * inverses[entry]));
+      }
+    }
+  }
+  for (int row = 0; row < ROWS; ++row) {
+    for (int first = 0; first < num_tiles * width; first += 64) {
+      Ints values[4];  // of a few tiles, or of some that are not there
+      for (int j = 0; j < 4; ++j) values[j] = load<Ints>(bytes.boosted[row] + first + j * kLanes);
+      bytes.boosted_bytes[first / 64 * ROWS + row].save_integers(values);
+    }
+  }
+}
+
+// Adds the low bits of boosted channels of 32 tokens of tile `index` to sums that nothing else was added to.
+template <int ROWS>
+KIVI_INLINE void add_boost(const Layout& layout, const char* tile, int index, int token, const ByteBlock& bytes,
+                           Ints (*high)[2], Ints (*low)[2]) {
+  const int width = boosted_width(layout);
+  for (int first = 0; first < width; first += kLanes) {
+    const int from = index * width + first;
+    const SplitBytes* rows = bytes.boosted_bytes + from / 64 * ROWS;
+    const BoostBytes boost(tile, layout, first, token);
+    unrolled<4>([&]<int QUAD>() __attribute__((always_inline)) {
+      const Words codes[2] = {boost.code_bytes<QUAD, 0>(), boost.code_bytes<QUAD, 1>()};
+      add_products<QUAD, ROWS>(rows, from % 64, codes, high, low);
+    });
+  }
+  for (int row = 0; row < ROWS; ++row) {
+    for (Ints* sums : {high[row], low[row]}) {
+      const Ints even = sums[0], odd = sums[1];
+      sums[0] = interleave_low(even, odd);
+      sums[1] = interleave_high(even, odd);
     }
   }
 }
@@ -142,6 +198,9 @@ void block_scores(const Layout& layout, const char* const* tiles, int num_tiles,
     if (tiles[i] == nullptr) continue;
     for (int token = 0; token < group_size; token += 2 * kLanes) {
       Ints high[ROWS][2] = {}, low[ROWS][2] = {};
+      if (BITS == 2 && layout.boosted_channels > 0) {
+        add_boost<ROWS>(layout, tiles[i], i, token, bytes, high, low);
+      }
       for (int channel = 0; channel < head_dim; channel += kLanes) {
         const SplitBytes* rows = bytes.bytes + (i * num_parts + channel / 64) * ROWS;
         const int from = channel % 64;
@@ -272,7 +331,7 @@ struct ByteTiles {
 
   void scores(const Layout& layout, const char* const* tiles, int num_tiles, RowBlock& block, const Prefetcher& ahead) {
     with_bits(layout.k_bits, [&]<int BITS>() {
-      fold_key_bytes<T, BITS, ROWS>(layout, tiles, num_tiles, bytes);
+      fold_key_bytes<T, BITS, ROWS>(layout, tiles, num_tiles, block, bytes);
       block_scores<BITS, ROWS>(layout, tiles, num_tiles, bytes, block, ahead);
     });
   }

@@ -6,7 +6,7 @@
 // * values: scale and zero are per token, so they are folded into the softmax weights; lanes are channels.
 // Bound by instructions: a shift, a lookup and a FMA per row for a vector of codes. So that folding costs no accuracy,
 // codes are taken from their middle (terms of either sign and half the size), and sums of at most 32 terms are added
-// up.
+// up. Boosted channels are done in two parts, as in quantized_bytes.h.
 #pragma once
 
 #include "row_block.h"
@@ -17,8 +17,9 @@ constexpr int kTokenVectors = 2;  // accumulators of a row, to hide the latency 
 
 // What a block of tokens needs besides a RowBlock.
 struct alignas(64) FloatBlock {
-  float query[kMaxRows][kMaxHeadDim];  // times the key scale of a tile
-  float offset[kMaxRows];              // q . key zero of a tile, or p . value zero of a block
+  float query[kMaxRows][kMaxHeadDim];    // times the key scale of a tile
+  float boosted[kMaxRows][kMaxBoosted];  // times the scale of the tile's boosted channels
+  float offset[kMaxRows];                // q . key zero of a tile, or p . value zero of a block
 };
 
 template <class T, int BITS, int ROWS>
@@ -27,7 +28,10 @@ void fold_key_scale(const Layout& layout, const char* tile, const RowBlock& bloc
   const T* zeros = reinterpret_cast<const T*>(tile + layout.k_zero_offset);
   Floats offset[ROWS] = {};
   for (int channel = 0; channel < layout.head_dim; channel += kLanes) {
-    const Floats scale = to_floats(scales + channel), middle = to_floats(zeros + channel) + scale * kMiddle<BITS>;
+    const Floats stored = to_floats(scales + channel), zero = to_floats(zeros + channel);
+    const Floats scale = BITS == 2 ? code_step(stored) : stored;
+    Floats middle = zero + scale * kMiddle<BITS>;
+    if (BITS == 2) middle = is_boosted(stored) ? zero + scale * (kMiddle<4> / 4) : middle;
     for (int row = 0; row < ROWS; ++row) {
       const Floats q = load<Floats>(block.query[row] + channel);
       save(folded.query[row] + channel, q * scale);
@@ -35,6 +39,38 @@ void fold_key_scale(const Layout& layout, const char* tile, const RowBlock& bloc
     }
   }
   for (int row = 0; row < ROWS; ++row) folded.offset[row] = reduce<Add>(offset[row]);
+  if (BITS != 2 || layout.boosted_channels == 0) return;
+  int32_t channels[kMaxHeadDim + kLanes];
+  find_boosted<T>(layout, tile, channels);
+  for (int row = 0; row < ROWS; ++row) {
+    for (int i = 0; i < layout.boosted_channels; ++i) {
+      folded.boosted[row][i] = folded.query[row][channels[i]] * 0.25f;
+    }
+  }
+}
+
+// Adds the low bits of boosted channels of 2 * kLanes tokens.
+template <int ROWS>
+KIVI_INLINE void add_boost(const Layout& layout, const char* tile, int token, const FloatBlock& folded,
+                           Floats (*sums)[kTokenVectors]) {
+  static_assert(kTokenVectors == 2);
+  Floats even[ROWS] = {}, odd[ROWS] = {};
+  for (int first = 0; first < layout.boosted_channels; first += 8) {
+    const Words words = BoostCodes::words(tile, layout, first, token);
+    unrolled<8>([&]<int INDEX>() __attribute__((always_inline)) {
+      const Floats a = BoostCodes::code<INDEX, 0>(words, kMiddle<2>);
+      const Floats b = BoostCodes::code<INDEX, 1>(words, kMiddle<2>);
+      for (int row = 0; row < ROWS; ++row) {
+        const Floats q = splat(folded.boosted[row][first + INDEX]);
+        even[row] += a * q;
+        odd[row] += b * q;
+      }
+    });
+  }
+  for (int row = 0; row < ROWS; ++row) {
+    sums[row][0] += interleave_low(even[row], odd[row]);
+    sums[row][1] += interleave_high(even[row], odd[row]);
+  }
 }
 
 // scores[row][first ... first + G - 1] of one tile.
@@ -63,6 +99,7 @@ void tile_scores(const Layout& layout, const char* tile, int index, const FloatB
         for (int i = 0; i < kTokenVectors; ++i) sums[row][i] += part[row][i];
       }
     }
+    if (BITS == 2 && layout.boosted_channels > 0) add_boost<ROWS>(layout, tile, token, folded, sums);
     for (int row = 0; row < ROWS; ++row) {
       for (int i = 0; i < kTokenVectors; ++i) {
         save(block.scores[row] + index * layout.group_size + token + i * kLanes, sums[row][i] + folded.offset[row]);

@@ -10,10 +10,11 @@
 // than half the range.
 //
 // With scale_search each group is quantized eight times, for its range and for narrower ones, and the codes that lose
-// least are kept.
+// least are kept. Where a format has boosted channels, all are quantized with 2 bits and the worst ones again with 4.
 #pragma once
 
 #include "page.h"
+#include "rotate.h"
 #include "threads.h"
 
 namespace kivi::cpu::KIVI_ISA {
@@ -64,29 +65,43 @@ struct Quantizer {
 
   KIVI_INLINE Words code(Floats x) const { return (Words)biased_code(x) & ((1u << BITS) - 1); }
 
-  // Takes the narrower range that loses least, if one does (docs/FORMAT.md). error_of(quantizer, units) is the sum of
-  // squared_error over a group. Sums of integers do not depend on their order.
+  // What follows is for ranges that are searched: docs/FORMAT.md has every operation.
+  KIVI_INLINE Floats span() const { return high - low; }
+  static KIVI_INLINE Ints searched(Floats span) { return (span >= 0x1p-14f) & (span <= 0x1p15f); }
+  static KIVI_INLINE Floats units(Floats span) {
+    return (Floats)(((127u + 127u + 11u) << 23) - ((Words)span & 0x7f800000u));
+  }
+
+  // Takes the narrower range that loses least, if one does, and returns the loss of what it took. loss_of(quantizer,
+  // units) is the sum of squared_error over a group. Sums of integers do not depend on their order.
   template <class F>
-  KIVI_INLINE void search(const F& error_of) {
-    const Floats span = high - low, part = span / 40.0f;
-    const Ints searched = (span >= 0x1p-14f) & (span <= 0x1p15f);
-    const Floats units = (Floats)(((127u + 127u + 11u) << 23) - ((Words)span & 0x7f800000u));
+  KIVI_INLINE Words search(const F& loss_of) {
+    const Floats span = this->span(), part = span / 40.0f, units = this->units(span);
+    const Ints searched = this->searched(span);
     Quantizer best = *this, narrow = *this;
-    Words least = error_of(*this, units);
-    least -= least >> 6;
+    Words loss = loss_of(*this, units), least = loss - (loss >> 6);
     Floats cut = {};
     for (int i = 0; i < 7; ++i) {
       cut += part;
       narrow.low = narrow.low_half = rounded<T>(low + cut) + 0.0f;
       narrow.step = rounded<T>((span - 2.0f * cut) / kLevels);
-      const Words error = error_of(narrow, units);
-      const Ints better = searched & (error < least);
-      least = better ? error : least;
+      const Words narrow_loss = loss_of(narrow, units);
+      const Ints better = searched & (narrow_loss < least);
+      loss = better ? narrow_loss : loss;
+      least = better ? narrow_loss : least;
       best.low = better ? narrow.low : best.low;
       best.low_half = better ? narrow.low_half : best.low_half;
       best.step = better ? narrow.step : best.step;
     }
     *this = best;
+    return loss;
+  }
+
+  // A loss as one number that compares with that of other ranges.
+  static KIVI_INLINE Floats error(Floats span, Words loss) {
+    const Floats unit = (Floats)(((Words)span & 0x7f800000u) - (11u << 23));
+    const Floats exact = __builtin_convertvector((Ints)loss, Floats) * unit * unit;
+    return searched(span) ? exact : span > 1.0f ? splat(kInfinity) : Floats{};
   }
 
   // Of a group that is searched, so that `half` is 1.
@@ -100,32 +115,117 @@ struct Quantizer {
 
 // Keys: a group is one channel of the G tokens, so the channels of a vector are so many groups.
 template <class T, int BITS>
+struct KeyGroups {
+  Floats x[kMaxGroup];
+  Quantizer<T, BITS> quantizer;
+  Floats error;  // of boosted formats
+
+  // floats_of(token) are the elements.
+  template <class F>
+  KeyGroups(const Layout& layout, const F& floats_of) {
+    const int group_size = layout.group_size;
+    for (int token = 0; token < group_size; ++token) {
+      x[token] = quantizer.finite(floats_of(token));
+      quantizer.see(x[token]);
+    }
+    quantizer.seen_all();
+    const Floats span = quantizer.span();
+    const auto loss_of = [&](const auto& candidate, Floats units) {
+      Words sum = {};
+      for (int token = 0; token < group_size; ++token) sum += candidate.squared_error(x[token], units);
+      return sum;
+    };
+    Words loss = {};
+    if (BITS < 8 && layout.scale_search) {
+      loss = quantizer.search(loss_of);
+    } else if (BITS == 2 && layout.boosted_channels > 0) {
+      loss = loss_of(quantizer, quantizer.units(span));
+    }
+    error = quantizer.error(span, loss);
+  }
+
+  // codes[channel], each of the tokens from `token` on.
+  KIVI_INLINE void codes_of(int token, Floats* codes) const {
+    for (int i = 0; i < kLanes; ++i) codes[i] = (Floats)quantizer.code(x[token + i]);
+    transpose(codes);
+  }
+};
+
+// Stores the layout.boosted_channels channels of the largest errors, among equal ones the first, again with 4 bits.
+template <class T>
+void boost_keys(const Layout& layout, const GroupRows<T>& rows, const float* errors, char* tile) {
+  const int num_boosted = layout.boosted_channels, group_size = layout.group_size;
+  T* scales = reinterpret_cast<T*>(tile + layout.k_scale_offset);
+  T* zeros = reinterpret_cast<T*>(tile + layout.k_zero_offset);
+  int32_t channels[kMaxHeadDim + kLanes];
+  int count = 0;
+  for (int channel = 0; channel < layout.head_dim; channel += kLanes) {
+    const Ints index = lane_index() + channel;
+    const Floats error = load<Floats>(errors + channel);
+    Ints rank = {};
+    for (int other = 0; other < layout.head_dim; ++other) {
+      const Floats theirs = splat(errors[other]);
+      rank -= (theirs > error) | ((theirs == error) & (other < index));
+    }
+    count += compact(channels + count, index, rank < num_boosted);
+  }
+  save(channels + count, Ints{});  // lanes past the last one quantize channel 0 for nothing
+  for (int first = 0; first < num_boosted; first += kLanes) {
+    const KeyGroups<T, 4> groups(layout, [&](int token) {
+      T lanes[kLanes];
+      for (int i = 0; i < kLanes; ++i) lanes[i] = rows.key[token][channels[first + i]];
+      return to_floats(lanes);
+    });
+    const int num_lanes = at_most(num_boosted - first, kLanes);
+    T scale[kLanes], zero[kLanes];
+    from_floats(scale, (Floats)((Words)groups.quantizer.scale() | 0x80000000u));
+    from_floats(zero, groups.quantizer.zero());
+    for (int i = 0; i < num_lanes; ++i) {
+      scales[channels[first + i]] = scale[i];
+      zeros[channels[first + i]] = zero[i];
+    }
+    for (int token = 0; token < group_size; token += kLanes) {
+      Floats codes[kLanes];
+      groups.codes_of(token, codes);
+      constexpr int kPart = kLanes < 8 ? kLanes : 8;  // of an octet of channels
+      for (int part = 0; part < num_lanes; part += kPart) {
+        const int octet = (first + part) / 8, half = (first + part) % 8 / 4;
+        Words low = {};
+        for (int i = 0; i < kPart; ++i) {
+          const int channel = channels[first + part + i], shift = 2 * (channel % KeyCodes<2>::kChannels);
+          const Words code = (Words)codes[part + i];
+          low |= (code & 3u) << (16 * (half + i / 4) + 2 * (i % 4));
+          char* out =
+              tile + layout.k_codes_offset + 4 * (int64_t(channel / KeyCodes<2>::kChannels) * group_size + token);
+          save(out, (load<Words>(out) & ~(3u << shift)) | (code >> 2) << shift);
+        }
+        // Two tokens share a word.
+        low <<= (Words)(lane_index() & 1) * 8u;
+        const Words pairs = low | swap<1>(low);
+        Words packed = even_lanes(pairs, pairs);
+        char* out = tile + layout.k_boost_offset + 4 * (int64_t(octet) * (group_size / 2) + token / 2);
+        if (half == 1) packed |= load<Words>(out);
+        std::memcpy(out, &packed, sizeof packed / 2);
+      }
+    }
+  }
+}
+
+template <class T, int BITS>
 void quantize_keys(const Layout& layout, const GroupRows<T>& rows, char* tile) {
   constexpr int kChannels = KeyCodes<BITS>::kChannels;
   const int group_size = layout.group_size;
   T* scales = reinterpret_cast<T*>(tile + layout.k_scale_offset);
   T* zeros = reinterpret_cast<T*>(tile + layout.k_zero_offset);
+  float errors[kMaxHeadDim];
   for (int channel = 0; channel < layout.head_dim; channel += kLanes) {
-    Floats x[kMaxGroup];
-    Quantizer<T, BITS> quantizer;
-    for (int token = 0; token < group_size; ++token) {
-      x[token] = quantizer.finite(to_floats(rows.key[token] + channel));
-      quantizer.see(x[token]);
-    }
-    quantizer.seen_all();
-    if (BITS < 8 && layout.scale_search) {
-      quantizer.search([&](const auto& candidate, Floats units) {
-        Words sum = {};
-        for (int token = 0; token < group_size; ++token) sum += candidate.squared_error(x[token], units);
-        return sum;
-      });
-    }
-    from_floats(scales + channel, quantizer.scale());
-    from_floats(zeros + channel, quantizer.zero());
+    const KeyGroups<T, BITS> groups(layout, [&](int token) { return to_floats(rows.key[token] + channel); });
+    save(errors + channel, groups.error);
+    from_floats(scales + channel, groups.quantizer.scale());
+    from_floats(zeros + channel, groups.quantizer.zero());
     for (int token = 0; token < group_size; token += kLanes) {
-      Floats codes[kLanes];  // after the transpose [channel][token]
-      for (int i = 0; i < kLanes; ++i) codes[i] = (Floats)quantizer.code(x[token + i]);
-      transpose(codes);
+      Floats codes[kLanes];
+      groups.codes_of(token, codes);
       // A vector of channels is part of a word or some words.
       constexpr int kPart = kChannels < kLanes ? kChannels : kLanes;
       for (int first = 0; first < kLanes; first += kPart) {
@@ -137,6 +237,7 @@ void quantize_keys(const Layout& layout, const GroupRows<T>& rows, char* tile) {
       }
     }
   }
+  if (BITS == 2 && layout.boosted_channels > 0) boost_keys<T>(layout, rows, errors, tile);
 }
 
 // Values: a group is up to G channels of one token; the lanes of the quantizer are equal.
@@ -150,12 +251,22 @@ void quantize_values(const Layout& layout, const GroupRows<T>& rows, char* tile)
     Words fields[2][kMaxHeadDim / kLanes] = {};
     for (int i = 0; i < 8; ++i) {
       const int token = 8 * octet + i, half_word = i / 4 * 16, slot = i % 4;
+      float value[kMaxHeadDim];
+      for (int channel = 0; channel < head_dim; channel += kLanes) {
+        save(value + channel, Quantizer<T, BITS>::finite(to_floats(rows.value[token] + channel)));
+      }
+      if (layout.rotate_values) {
+        rotate(value, head_dim);
+        for (int channel = 0; channel < head_dim; channel += kLanes) {
+          save(value + channel, Quantizer<T, BITS>::finite(rounded<T>(load<Floats>(value + channel))));
+        }
+      }
       for (int group = 0; group < layout.num_value_groups; ++group) {
         const int first = group * group_size, end = at_most(first + group_size, head_dim);
         Quantizer<T, BITS> quantizer;
         Floats x[kMaxGroup / kLanes];
         for (int channel = first; channel < end; channel += kLanes) {
-          x[(channel - first) / kLanes] = quantizer.finite(to_floats(rows.value[token] + channel));
+          x[(channel - first) / kLanes] = load<Floats>(value + channel);
           quantizer.see(x[(channel - first) / kLanes]);
         }
         quantizer.low = splat(reduce<Min>(quantizer.low));

@@ -173,6 +173,24 @@ KIVI_INLINE void transpose(Floats* v) {
   }
 }
 
+// Writes the lanes of v that `kept` has, next to each other, and returns how many. What follows them in kLanes elements
+// from `out` on is 0 or as it was.
+template <class V>
+KIVI_INLINE int compact(void* out, V v, Ints kept) {
+#if defined(__AVX512F__)
+  const __mmask16 mask = _mm512_movepi32_mask((__m512i)kept);
+  save(out, (V)_mm512_maskz_compress_epi32(mask, (__m512i)v));
+  return __builtin_popcount(mask);
+#else
+  int count = 0;
+  for (int i = 0; i < kLanes; ++i) {  // without branches: a lane that is not kept is overwritten
+    save(static_cast<char*>(out) + 4 * count, v[i]);
+    count -= kept[i];
+  }
+  return count;
+#endif
+}
+
 // --------------------------------------------------------------------------------------------------------- data types
 
 struct BFloat16 {

@@ -9,7 +9,7 @@
 namespace kivi::cuda {
 
 template <class T, int HEAD_DIM>
-const void* decode_kernel_for(int k_bits, int v_bits);  // in the other files of this folder
+const void* decode_kernel_for(int k_bits, int v_bits, int boosted_channels);  // in the other files of this folder
 
 namespace {
 
@@ -53,7 +53,7 @@ Plan make_plan(const Layout& layout, const Device& device) {
     int blocks, warps, stages;
   } kWishes[] = {{2, 4, 2}, {1, 4, 2}, {1, 2, 2}, {1, 1, 1}};
   const int unit_bytes = layout.full_precision ? 0 : layout.tile_bytes << log_unit_tiles(layout);
-  const int words_bytes = 4 * warp_words(layout.head_dim, layout.k_bits);
+  const int words_bytes = 4 * warp_words(layout.head_dim, layout.k_bits, layout.boosted_channels);
   const int stage_bytes = std::max(unit_bytes, kRunTokens * (4 * layout.head_dim + 16));
   for (const auto& wish : kWishes) {
     const int available = std::min(device.shared_bytes / wish.blocks, device.max_block_shared_bytes) - kReserved;
@@ -71,16 +71,19 @@ const char* message(cudaError_t error) { return error == cudaSuccess ? nullptr :
 
 #define LIST_DTYPE(DTYPE, T) " " #T
 #define LIST_DIM(HEAD_DIM, ...) " " #HEAD_DIM
-#define LIST_BITS(K_BITS, V_BITS, ...) " " #K_BITS "/" #V_BITS
+#define LIST_BITS(K_BITS, V_BITS, BOOST, ...) " " #K_BITS "/" #V_BITS "/" #BOOST
 // clang-format off
 constexpr const char* kCompiled =
     "decode is not compiled for this combination; head sizes:" KIVI_CUDA_HEAD_DIMS(LIST_DIM, )
-    "; dtypes:" KIVI_CUDA_DTYPES(LIST_DTYPE) "; key and value bits:" KIVI_CUDA_BITS(LIST_BITS, );
+    "; dtypes:" KIVI_CUDA_DTYPES(LIST_DTYPE) "; key bits, value bits, one in how many "
+    "key channels boosted:" KIVI_CUDA_DECODE(LIST_BITS, );
 // clang-format on
 
 const void* find_kernel(const Layout& layout, Dtype dtype) {
-#define FIND_DIM(HEAD_DIM, T) \
-  if (layout.head_dim == HEAD_DIM) return decode_kernel_for<T, HEAD_DIM>(layout.k_bits, layout.v_bits);
+#define FIND_DIM(HEAD_DIM, T)                                                                     \
+  if (layout.head_dim == HEAD_DIM) {                                                              \
+    return decode_kernel_for<T, HEAD_DIM>(layout.k_bits, layout.v_bits, layout.boosted_channels); \
+  }
 #define FIND(DTYPE, T)               \
   if (dtype == Dtype::DTYPE) {       \
     KIVI_CUDA_HEAD_DIMS(FIND_DIM, T) \

@@ -1,23 +1,27 @@
 #include "../cuda_kernels.h"
 #include "../store.cuh"
+#include "../tuned_store.cuh"
 #include "../variants.cuh"
 
 namespace kivi::cuda {
 
 const char* store(const StoreParams& params, int max_new_tokens, Stream stream) {
-  const int num_heads = params.layout.num_kv_heads;
+  const Layout& layout = params.layout;
+  const int num_heads = layout.num_kv_heads;
   if (max_new_tokens == 0 || params.batch.num_reqs == 0) return nullptr;
-  return with_variant(params.layout, params.dtype, [&]<class T, int K_BITS, int V_BITS>() {
+  return with_variant(layout, params.dtype, [&]<class T, int K_BITS, int V_BITS>() {
     // Few rows are spread over many blocks, many rows make no more blocks than keep the GPU busy.
     int rows_per_block = 1;
     while (rows_per_block < 32 && int64_t(max_new_tokens) * num_heads >= 2048 * rows_per_block) rows_per_block *= 2;
     const unsigned blocks = ((max_new_tokens - 1) / rows_per_block + 1) * num_heads;
     const bool aligned = are_aligned(params.key, sizeof(T)) && are_aligned(params.value, sizeof(T));
-    auto kernel = store_kernel<T, K_BITS, V_BITS, false>;
-    if constexpr (K_BITS < 8 || V_BITS < 8) {
-      if (params.layout.scale_search) kernel = store_kernel<T, K_BITS, V_BITS, true>;
+    if (!layout.full_precision && (layout.scale_search || layout.rotate_values || layout.boosted_channels > 0)) {
+      tuned_store_kernel<T, K_BITS, V_BITS>
+          <<<dim3(blocks, 2), kTunedThreads, 0, stream>>>(params, max_new_tokens, rows_per_block, aligned);
+    } else {
+      store_kernel<T, K_BITS, V_BITS>
+          <<<blocks, kStoreThreads, 0, stream>>>(params, max_new_tokens, rows_per_block, aligned);
     }
-    kernel<<<blocks, kStoreThreads, 0, stream>>>(params, max_new_tokens, rows_per_block, aligned);
     const cudaError_t error = cudaGetLastError();
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
   });

@@ -175,17 +175,20 @@ def _log_once(vllm_config: VllmConfig, fmt: KVFormat) -> None:
         if isinstance(layer, Attention):
             names[layer.kv_cache_dtype in PRESETS].append(name)
     logger.info_once(
-        "kivi: %s%s: keys %d bits, values %d bits, group %d, residual %d, sinks %d, %s scales; %.2f bits per element; "
-        "%d bytes per token and layer (%s: %d); page of %d tokens, %d bytes, %d padding; full-precision page of %d "
-        "tokens, %d padding; prefix hits every %d tokens; %d layers quantized, %d skipped%s",
+        "kivi: %s%s: keys %d bits%s, values %d bits%s, group %d, residual %d, sinks %d, %s scales%s; "
+        "%.2f bits per element; %d bytes per token and layer (%s: %d); page of %d tokens, %d bytes, %d padding; "
+        "full-precision page of %d tokens, %d padding; prefix hits every %d tokens; %d layers quantized, %d skipped%s",
         fmt.preset,
         " (full_precision bypass: nothing is quantized)" if fmt.full_precision else "",
         fmt.k_bits,
+        f" ({fmt.boosted_channels} of {fmt.head_dim} channels 4)" if fmt.boosted_channels else "",
         fmt.v_bits,
+        " rotated" if fmt.rotate_values else "",
         fmt.group_size,
         fmt.residual_length,
         fmt.sink_tokens,
         fmt.dtype,
+        " searched" if fmt.scale_search else "",
         fmt.bits_per_element,
         fmt.num_kv_heads * fmt.token_bytes,
         fmt.dtype,

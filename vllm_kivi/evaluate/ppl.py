@@ -81,7 +81,7 @@ def score(llm: Any, windows: Sequence[Sequence[int]], chunk: int, progress: Any)
     params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
     finished: list[Any] = []
     shown = 0
-    with observe(llm) as seen, chunks_of(llm, chunk, len(windows)):
+    with observe(llm) as seen, chunks_of(llm, chunk):
         llm.enqueue([TokensPrompt(prompt_token_ids=list(window)) for window in windows], params, use_tqdm=False)
         while llm.llm_engine.has_unfinished_requests():
             finished += [output for output in llm.llm_engine.step() if output.finished]

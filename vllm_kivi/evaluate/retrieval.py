@@ -110,9 +110,9 @@ def ask(llm: Any, prompts: Sequence[Prompt], chunk: int, max_tokens: int) -> tup
     """Greedy answers to prompts of one length, side by side, and what the engine did."""
     from vllm import SamplingParams, TokensPrompt
 
-    # All of one batch end together: the last one alone would not be kept to its chunks.
+    # As many tokens of each, so that all caches are read equally often.
     params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
-    with observe(llm) as seen, chunks_of(llm, chunk, len(prompts)):
+    with observe(llm) as seen, chunks_of(llm, chunk):
         outputs = llm.generate([TokensPrompt(prompt_token_ids=p.tokens) for p in prompts], params, use_tqdm=False)
     if seen.largest_chunk() > chunk:
         raise RuntimeError(f"the engine prefilled {seen.largest_chunk()} tokens at once, so not in chunks of {chunk}")

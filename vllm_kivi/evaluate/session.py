@@ -79,13 +79,8 @@ def candidates(settings: Settings) -> list[Candidate]:
 
 
 def batch_sizes(count: int, parallel: int) -> list[int]:
-    """How many of `count` requests run side by side: about `parallel`, and never a lone one beside larger batches.
-
-    vLLM's scheduler lifts the chunk limit from a request that is alone, up to the whole token budget.
-    """
+    """How many of `count` requests run side by side: at most `parallel`, in batches that are as equal as can be."""
     batches = math.ceil(count / parallel)
-    if parallel > 1:
-        batches = min(batches, max(1, count // 2))
     base, extra = divmod(count, batches)
     return [base + 1] * extra + [base] * (batches - extra)
 
@@ -208,16 +203,23 @@ def engine(**arguments: Any) -> Iterator[Any]:
 
 
 @contextmanager
-def chunks_of(llm: Any, chunk: int, requests: int) -> Iterator[None]:
-    """Prefill this many requests, side by side, in chunks of at most `chunk` tokens.
+def chunks_of(llm: Any, chunk: int) -> Iterator[None]:
+    """Prefill in chunks of at most `chunk` tokens.
 
-    Set in the scheduler itself, so that one engine can do both small chunks and whole prompts.
+    Set in the scheduler itself, so that one engine can do both small chunks and whole prompts, and anew in each step:
+    vLLM lifts the limit from a request that is alone, up to the token budget of all.
     """
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-    config = scheduler.scheduler_config
+    config, original = scheduler.scheduler_config, scheduler.schedule
     before = scheduler.max_num_scheduled_tokens, config.long_prefill_token_threshold
-    scheduler.max_num_scheduled_tokens, config.long_prefill_token_threshold = requests * chunk, chunk
+
+    def schedule(*args: Any, **kwargs: Any) -> Any:
+        scheduler.max_num_scheduled_tokens = min(before[0], max(1, sum(scheduler.get_request_counts())) * chunk)
+        return original(*args, **kwargs)
+
+    config.long_prefill_token_threshold, scheduler.schedule = chunk, schedule
     try:
         yield
     finally:
+        scheduler.schedule = original
         scheduler.max_num_scheduled_tokens, config.long_prefill_token_threshold = before

@@ -19,9 +19,9 @@ LINTERS := $(VENV)/.linters
 NVCC := $(VENV)/.nvcc
 MODEL := models/smollm2
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
-CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CXX_SOURCES := $(shell find csrc tests/emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-REQUIREMENTS := gguf hypothesis matplotlib ninja pytest 'setuptools>=77' tqdm
+REQUIREMENTS := gguf hypothesis 'lm-eval[longbench]>=0.4.13,<0.5' matplotlib ninja pytest 'setuptools>=77' tqdm
 ifeq ($(DEVICE),cuda)
 REQUIREMENTS += vllm==$(VLLM_VERSION)
 else

@@ -19,6 +19,13 @@ def _positive(text: str) -> int:
     return value
 
 
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is not 0 or more")
+    return value
+
+
 def _share(text: str) -> float:
     value = float(text)
     if not 0 <= value < 1:
@@ -61,6 +68,11 @@ def _add_engine(parser: argparse.ArgumentParser, parallel: int) -> None:
     parser.add_argument(
         "--parallel", type=_positive, default=parallel, help="requests side by side (default %(default)s)"
     )
+    _add_common(parser)
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    """How to run the model and where results go."""
     parser.add_argument("--dtype", default="auto", help="the model's dtype, as for vllm serve (default %(default)s)")
     parser.add_argument(
         "--additional-config",
@@ -164,6 +176,75 @@ def _run_retrieval(args: argparse.Namespace) -> str:
     return _finish(args, args.measure, report, retrieval.table(report), heatmap.draw)
 
 
+def _add_tasks(commands: Any) -> None:
+    parser = commands.add_parser(
+        "tasks",
+        help="WikiText, GSM8K and LongBench through the real cache, from local files",
+        description="Run lm-eval's tasks on local copies of their data sets (nothing is downloaded), prompts prefilled "
+        "in small chunks through the vLLM engine, so that answers read quantized pages, and compare scores with those "
+        "of the model's own cache (auto). Needs lm-eval: pip install 'vllm-kivi[eval]'.",
+    )
+    _add_engine(parser, parallel=8)
+    _add_chunk(parser)
+    parser.add_argument(
+        "--task",
+        action="append",
+        required=True,
+        dest="tasks",
+        metavar="NAME=PATH",
+        help="wikitext, gsm8k, longbench_hotpotqa and so on, or longbench for all of its files in a folder; PATH is a "
+        "file in the format that the data set is published in, or the folder that has it; repeat for several",
+    )
+    parser.add_argument("--limit", type=_positive, help="only this many documents of each task (default: all)")
+    parser.add_argument("--shots", type=_count, help="examples in each prompt (default: the task's own, 5 for gsm8k)")
+    parser.add_argument(
+        "--max-length",
+        type=_positive,
+        help="tokens of a prompt with its answer: longer ones lose their middle, WikiText is read in windows of so "
+        "many (default: the model's)",
+    )
+    parser.set_defaults(run=_run_tasks)
+
+
+def _run_tasks(args: argparse.Namespace) -> str:
+    from vllm_kivi.evaluate import tasks
+
+    report = tasks.run(_settings(tasks.Settings, args))
+    return _finish(args, "tasks", report, tasks.table(report))
+
+
+def _add_inspect(commands: Any) -> None:
+    parser = commands.add_parser(
+        "inspect",
+        help="which layers and heads quantization hurts, and which layers to leave in full precision",
+        description="Run a text through the vLLM engine with the model's own cache, quantize what attention layers get "
+        "as the cache would, and report errors of keys, values and attention outputs by layer and head.",
+    )
+    parser.add_argument("model", help="a model folder or name, as for vllm serve")
+    parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="plain UTF-8 text")
+    parser.add_argument(
+        "--kv-cache-dtype",
+        action="append",
+        dest="kv_cache_dtypes",
+        metavar="NAME[:OPTION=VALUE,...]",
+        help="what to quantize to, with options as for vllm-kivi eval; repeat for several (default kivi2)",
+    )
+    parser.add_argument("--window", type=_positive, default=1024, help="tokens of a window (default %(default)s)")
+    parser.add_argument(
+        "--windows", type=_positive, default=2, help="windows of the text to read (default %(default)s)"
+    )
+    _add_common(parser)
+    parser.set_defaults(run=_run_inspect, baseline="auto", parallel=1)
+
+
+def _run_inspect(args: argparse.Namespace) -> str:
+    from vllm_kivi.evaluate import heatmap, inspection
+
+    args.kv_cache_dtypes = args.kv_cache_dtypes or ["kivi2"]
+    report = inspection.run(_settings(inspection.Settings, args))
+    return _finish(args, "inspect", report, inspection.table(report), heatmap.draw_layers)
+
+
 def _settings(kind: Any, args: argparse.Namespace) -> Any:
     """Settings of this kind from the options of the same names; lists become tuples."""
     values = {name: getattr(args, name) for name in kind.__dataclass_fields__}
@@ -194,6 +275,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_ppl(measures)
     _add_retrieval(measures, "passkey", "a number")
     _add_retrieval(measures, "needle", "a sentence")
+    _add_tasks(measures)
+    _add_inspect(commands)
     return parser
 
 

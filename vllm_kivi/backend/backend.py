@@ -100,7 +100,7 @@ def layer_format(vllm_config: VllmConfig, preset: str, head_dim: int, num_kv_hea
         return own
     # Layers left in full precision share the pool, and vLLM makes all pages equal: fill their page with our tokens.
     page_bytes = block_size * num_kv_heads * own.full_token_bytes
-    page_tokens = block_size * own.full_token_bytes // own.token_bytes // options.group_size * options.group_size
+    page_tokens = block_size * own.full_token_bytes // own.token_bytes // own.group_size * own.group_size
     return options.format(preset, head_dim, num_kv_heads, dtype, page_tokens=page_tokens, padded_page_bytes=page_bytes)
 
 
@@ -170,6 +170,9 @@ def check_config(vllm_config: VllmConfig) -> None:
     flag = f"kivi: --kv-cache-dtype {dtype}"
     if model_config is None:
         return
+    from vllm_kivi.backend import metrics  # imports vLLM's stat loggers, which not every process needs
+
+    metrics.add_stat_logger()
     if model_config.use_mla:
         raise ValueError(f"{flag} does not support MLA models; use --kv-cache-dtype auto or fp8")
     if model_config.is_encoder_decoder:
@@ -185,16 +188,20 @@ def check_config(vllm_config: VllmConfig) -> None:
     parallel = vllm_config.parallel_config
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
         raise ValueError(f"{flag} does not support context parallelism; set both context-parallel sizes to 1")
-    if not cache_config.user_specified_block_size:
-        cache_config.block_size = options.group_size
-    # Checks the block size, the group size and the dtype.
-    options.format(
+    # Checks the options, the block size and the dtype.
+    fmt = options.format(
         dtype,
         head_size,
         model_config.get_num_kv_heads(parallel),
         model_dtype,
-        page_tokens=cache_config.block_size,
+        page_tokens=cache_config.block_size if cache_config.user_specified_block_size else 0,
     )
+    cache_config.block_size = fmt.page_tokens
+    if fmt.scale_search and not fmt.sink_tokens and min(fmt.k_bits, fmt.v_bits) < 8 and not fmt.full_precision:
+        logger.warning_once(
+            "kivi: scale_search without sink_tokens clips the outliers of a first token that all others attend to; "
+            "set sink_tokens to 4, or scale_search to false"
+        )
     if _has_sliding_window(model_config) and "sliding_window" not in cache_config.kv_cache_dtype_skip_layers:
         cache_config.kv_cache_dtype_skip_layers = [*cache_config.kv_cache_dtype_skip_layers, "sliding_window"]
         logger.info("kivi: sliding-window layers keep their full-precision cache: they hold few tokens")

@@ -43,6 +43,9 @@ class FullPrecisionManager(SlidingWindowManager):
 
     def __init__(self, kv_cache_spec: FullPrecisionSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
+        from vllm_kivi.backend import metrics  # which needs this module
+
+        metrics.extend_scheduler_stats()
         # request -> first block of the current step: only tokens from there on are still to be written.
         self._step_start: dict[str, int] = {}
         # request -> blocks below it have been released, sinks apart.

@@ -16,13 +16,12 @@ from pathlib import Path
 
 import baselines
 import torch
-from cuda_cases import DEVICE, Case, Pages, copy_bandwidth, microseconds
+from cuda_cases import DEVICE, Case, Pages, add_format_arguments, copy_bandwidth, format_of, microseconds
 from report import Column, Section
 from torch import Tensor
 from vllm import __version__ as vllm_version
 
 from vllm_kivi import ops
-from vllm_kivi.format import PRESETS, KVFormat
 
 # requests, tokens, query heads, KV heads
 CASES = (
@@ -53,14 +52,7 @@ def check(pages: Pages, query: Tensor, output: Tensor, scale: float) -> None:
 
 def measure(case: Case, args: argparse.Namespace) -> tuple[float, int]:
     """Time in us of a call of decode, and the bytes that it reads."""
-    fmt = KVFormat(
-        args.preset,
-        case.head_dim,
-        case.kv_heads,
-        "bfloat16",
-        group_size=args.group_size,
-        residual_length=args.residual_length,
-    )
+    fmt, _ = format_of(args, case.head_dim, case.kv_heads)
     key, value, query = case.inputs()
     pages = Pages(fmt, case.requests, case.tokens)
     pages.fill(key, value)
@@ -78,10 +70,8 @@ def measure(case: Case, args: argparse.Namespace) -> tuple[float, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, default="kivi2")
+    add_format_arguments(parser)
     parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--group-size", type=int, default=32)
-    parser.add_argument("--residual-length", type=int, default=128)
     parser.add_argument("--sweep", type=int, nargs="+", metavar="TOKENS", help="contexts, instead of the usual cases")
     parser.add_argument("--requests", type=int, default=32, help="of each context of --sweep")
     parser.add_argument("--baselines", nargs="*", choices=BASELINES, default=list(BASELINES))
@@ -92,16 +82,12 @@ def main() -> None:
     others = {name: baselines.measure(cases, name) for name in args.baselines}
     torch.manual_seed(0)
     bandwidth = copy_bandwidth()
-    variant = (
-        "" if (args.group_size, args.residual_length) == (32, 128) else f" G {args.group_size} R {args.residual_length}"
-    )
-    if args.head_dim != 128:
-        variant += f", head_dim {args.head_dim}"
+    _, name = format_of(args, args.head_dim, num_kv_heads=8)
+    variant = "" if args.head_dim == 128 else f", head_dim {args.head_dim}"
     against = f" against context, {args.requests} requests" if args.sweep else ""
     section = Section(
-        f"Decode attention{against}, {args.preset}{variant}",
-        f"{args.preset}, head_dim {args.head_dim}, group_size {args.group_size}, residual_length "
-        f"{args.residual_length}, bfloat16 queries; the limit is at {bandwidth / 1e3:,.0f} GB/s. torch "
+        f"Decode attention{against}, {name}{variant}",
+        f"{name}, head_dim {args.head_dim}, bfloat16 queries; the limit is at {bandwidth / 1e3:,.0f} GB/s. torch "
         f"{torch.__version__}, vLLM {vllm_version}. Made by benchmarks/bench_decode_cuda.py.",
         (
             Column("name", "requests x tokens"),

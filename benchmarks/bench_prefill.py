@@ -20,13 +20,13 @@ from unittest.mock import patch
 
 import baselines
 import torch
-from cuda_cases import DEVICE, Case, Pages, microseconds, relative_error
+from cuda_cases import DEVICE, Case, Pages, add_format_arguments, format_of, microseconds, relative_error
 from report import Column, Section
 from vllm import __version__ as vllm_version
 
 from vllm_kivi import ops, reference
 from vllm_kivi.backend import prefill
-from vllm_kivi.format import PRESETS, KVFormat
+from vllm_kivi.format import KVFormat
 
 TOLERANCE = baselines.TOLERANCE["bfloat16"]
 PARTS = {
@@ -116,20 +116,18 @@ class KiviLayer:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, default="kivi2")
-    parser.add_argument("--group-size", type=int, default=32)
-    parser.add_argument("--residual-length", type=int, default=128)
+    add_format_arguments(parser)
     parser.add_argument("--chunk", type=int, default=8192)
     parser.add_argument("--context", type=int, nargs="+", default=[0, 32768], help="tokens before the chunk")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/<device>.md")
     args = parser.parse_args()
     cases = [Case(1, context + args.chunk, args.chunk) for context in args.context]
     others = {name: baselines.measure(cases, name) for name in LABELS}
-    fmt = KVFormat(args.preset, 128, 8, "bfloat16", group_size=args.group_size, residual_length=args.residual_length)
+    fmt, name = format_of(args, head_dim=128, num_kv_heads=8)
     section = Section(
-        f"Prefill attention, {args.preset}, chunks of {args.chunk:,} tokens",
-        f"us a layer, 32 query heads and 8 KV heads of 128, one request; group_size {args.group_size}, residual_length "
-        f"{args.residual_length}; context is quantized for {args.preset}. Parts are timed alone. torch "
+        f"Prefill attention, {name}, chunks of {args.chunk:,} tokens",
+        f"us a layer, 32 query heads and 8 KV heads of 128, one request; context is quantized for {args.preset}. "
+        f"Parts are timed alone. torch "
         f"{torch.__version__}, vLLM {vllm_version}. Made by benchmarks/bench_prefill.py.",
         (
             Column("context", "context, tokens", ","),

@@ -3,7 +3,7 @@
 Runs torch.ops.vllm_kivi.store on rows of a Llama-3.1-8B layer and prints one table, which also goes to
 benchmarks/results/<device>.md. Before it is timed, what it wrote is compared with the reference, byte for byte.
 
-    python benchmarks/bench_store.py [--preset kivi2] [--scale-search] [--output FILE]
+    python benchmarks/bench_store.py [--preset kivi2] [--additional-config JSON] [--output FILE]
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ import argparse
 from pathlib import Path
 
 import torch
-from cuda_cases import DEVICE, Pages, microseconds
+from cuda_cases import DEVICE, Pages, add_format_arguments, format_of, microseconds
 from report import Column, Section
 
 from vllm_kivi import ops, reference
-from vllm_kivi.format import PRESETS, KVFormat
 
 # title, requests, rows of each, tokens of each with them
 CASES = (
@@ -29,13 +28,11 @@ CASES = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, default="kivi2")
-    parser.add_argument("--scale-search", action="store_true", help="the option of this name")
+    add_format_arguments(parser)
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/<device>.md")
     args = parser.parse_args()
     torch.manual_seed(0)
-    fmt = KVFormat(args.preset, 128, 8, "bfloat16", scale_search=args.scale_search)
-    name = args.preset + " with scale_search" * args.scale_search
+    fmt, name = format_of(args, head_dim=128, num_kv_heads=8)
     section = Section(
         f"Store, {name}",
         f"{name}, 8 KV heads of 128, bfloat16. Made by benchmarks/bench_store.py.",

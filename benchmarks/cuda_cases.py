@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,9 +12,33 @@ import torch
 from torch import Tensor
 
 from vllm_kivi import ops
-from vllm_kivi.format import KVFormat
+from vllm_kivi.format import PRESETS, KVFormat
+from vllm_kivi.options import KiviOptions
 
 DEVICE = torch.device("cuda")
+
+
+def add_format_arguments(parser: argparse.ArgumentParser) -> None:
+    """The cache, by the names of vLLM's and this plugin's options."""
+    parser.add_argument("--preset", choices=PRESETS, default="kivi2")
+    parser.add_argument(
+        "--additional-config",
+        type=json.loads,
+        default={},
+        metavar="JSON",
+        help="""as for vllm serve, e.g. '{"kivi": {"group_size": 64}}'; what is not named has the preset's default""",
+    )
+
+
+def format_of(args: argparse.Namespace, head_dim: int, num_kv_heads: int) -> tuple[KVFormat, str]:
+    """A bfloat16 layer of it, and what to call it in a title: G, R and S are group, residual and sinks in tokens."""
+    fmt = KiviOptions.from_additional_config(args.additional_config).format(
+        args.preset, head_dim, num_kv_heads, "bfloat16"
+    )
+    parts = [fmt.preset, f"G {fmt.group_size}", f"R {fmt.residual_length}", f"S {fmt.sink_tokens}"]
+    parts += [f"1/{fmt.boosted_fraction} boosted"] * bool(fmt.boosted_channels)
+    parts += ["searched"] * fmt.scale_search + ["rotated"] * fmt.rotate_values
+    return fmt, " ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -75,20 +101,16 @@ def table_of(num_requests: int, pages: int) -> Tensor:
 
 
 class Pages:
-    """Requests of equal length whose tokens are stored, with full-precision pages for windows only: the last, and that
-    before a chunk of `chunk` tokens."""
+    """Requests of equal length whose tokens are stored, with full-precision pages for sinks and windows only: the last,
+    and that before a chunk of `chunk` tokens."""
 
     def __init__(self, fmt: KVFormat, num_requests: int, num_tokens: int, chunk: int = 0) -> None:
         n, window = fmt.full_page_tokens, fmt.residual_length + fmt.group_size
         self.fmt, self.num_requests, self.num_tokens = fmt, num_requests, num_tokens
         self.quantized_table = table_of(num_requests, -(-num_tokens // fmt.page_tokens))
-        kept = sorted(
-            {
-                page
-                for end in (num_tokens - chunk, num_tokens)
-                for page in range(max(end - window, 0) // n, -(-end // n))
-            }
-        )
+        parts = [(0, min(fmt.sink_tokens, num_tokens))]
+        parts += [(max(end - window, 0), end) for end in (num_tokens - chunk, num_tokens)]
+        kept = sorted({page for start, end in parts for page in range(start // n, -(-end // n))})
         self.full_table = torch.zeros(num_requests, -(-num_tokens // n), dtype=torch.int32, device=DEVICE)
         self.full_table[:, kept] = table_of(num_requests, len(kept))
         head_bytes = fmt.page_bytes // fmt.num_kv_heads
@@ -109,7 +131,8 @@ class Pages:
 
     def bytes_read(self) -> int:
         boundary = self.fmt.boundary(self.num_tokens)
-        token = boundary * self.fmt.token_bytes + (self.num_tokens - boundary) * self.fmt.full_token_bytes
+        quantized = max(boundary - self.fmt.sink_tokens, 0)
+        token = quantized * self.fmt.token_bytes + (self.num_tokens - quantized) * self.fmt.full_token_bytes
         return self.num_requests * self.fmt.num_kv_heads * token
 
 

@@ -283,6 +283,7 @@ def test_text_that_fills_no_window(smollm2, tmp_path, capsys):
 def test_eval_ppl_prints_json_alone_and_what_the_cache_holds(smollm2, tmp_path):
     command = [sys.executable, "-m", "vllm_kivi.cli", "eval", "ppl", str(smollm2), "--text", str(TEXT), "--json"]
     command += ["--kv-cache-dtype", "kivi2", "--window", "512", "--tokens", "1024", "--output", str(tmp_path)]
+    command += ["--additional-config", json.dumps({"kivi": PUBLISHED})]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     measured = json.loads(result.stdout)

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "operands.cuh"
+#include "rotation.h"
 #include "work.cuh"
 
 namespace kivi::cuda {
@@ -729,7 +730,7 @@ struct Decoder {
   // After the last tile: sums in the units of P and values, zeros added.
   __device__ void end_tiles() {
     const int exponents = state().exponents;
-    const float norm = layout.rotate_values ? kNorm : 1.0f;
+    const float norm = layout.rotate_values ? rotation_norm(D) : 1.0f;
     const float unit = power_of_two(24 - kValueScaleTop + (exponents >> 8 & 0xFF) - Relative<T>::kBias) * norm;
     const float zero_unit = power_of_two((exponents >> 16) - Relative<T>::kBias - kValueZeroTop) * norm;
     rescale(unit, unit);
@@ -750,8 +751,6 @@ struct Decoder {
   }
 
   // Of sums over rotated values, those over values: a Hadamard matrix over the channels, which is its own inverse.
-  static constexpr float kNorm = D == 64 ? 0.125f : D == 128 ? 0.08838834764831845f : 0.0625f;
-
   __device__ void rotate() {
     const auto butterfly = [](float& a, float& b) {
       const float difference = a - b;

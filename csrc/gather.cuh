@@ -17,6 +17,7 @@
 
 #include "page.cuh"
 #include "quant_tile.cuh"
+#include "rotation.h"
 #include "rows.cuh"
 
 namespace kivi::cuda {
@@ -148,7 +149,7 @@ __device__ inline void dequantize_keys(const Layout& layout, const char* tile, i
 }
 
 // Of eight rotated channels of a token, of which neighbouring lanes have others: those that were rotated.
-__device__ inline void turn_back(float (&x)[8], int hadamard_size, int lane) {
+__device__ inline void turn_back(float (&x)[8], int size, int lane) {
 #pragma unroll
   for (int distance = 1; distance < 8; distance *= 2) {
 #pragma unroll
@@ -159,16 +160,15 @@ __device__ inline void turn_back(float (&x)[8], int hadamard_size, int lane) {
       x[c + distance] = difference;
     }
   }
-  const int num_lanes = hadamard_size / 8;
+  const int num_lanes = size / 8;
   const unsigned lanes = (num_lanes == 32 ? ~0u : (1u << num_lanes) - 1) << (lane & -num_lanes);
   for (int distance = 1; distance < num_lanes; distance *= 2) {
     const float sign = lane & distance ? -1.0f : 1.0f;
 #pragma unroll
     for (int c = 0; c < 8; ++c) x[c] = __fmaf_rn(x[c], sign, __shfl_xor_sync(lanes, x[c], distance));
   }
-  const float norm = rsqrtf(hadamard_size);
 #pragma unroll
-  for (int c = 0; c < 8; ++c) x[c] *= norm;
+  for (int c = 0; c < 8; ++c) x[c] *= rsqrtf(size);
 }
 
 // The same of values; the channels are in one group.
@@ -260,7 +260,7 @@ __global__ void __launch_bounds__(kGatherThreads)
       char* out = row_of<T>(rows, first_row + octet_start - first, head) + channel * sizeof(T);
       const auto write = [&](int token, float (&x)[8]) {
         const int p = octet_start + token;
-        if (is_value && layout.rotate_values) turn_back(x, head_dim & -head_dim, lane);
+        if (is_value && layout.rotate_values) turn_back(x, rotation_size(head_dim), lane);
         if (low <= p && p < high) write_eight<T>(out + token * stride, x, aligned);
       };
       if (is_value) {

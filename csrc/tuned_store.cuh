@@ -14,6 +14,7 @@
 // Bound by instructions: about 100 an element with a search.
 #pragma once
 
+#include "rotation.h"
 #include "store.cuh"
 
 namespace kivi::cuda {
@@ -40,6 +41,12 @@ struct Chosen {
 template <class T, int BITS>
 __device__ inline Quantizer<T, BITS, true> quantizer_of(const Chosen<T>& first, const Chosen<T>& second) {
   return {first.terms, second.terms, first.divisor, second.divisor};
+}
+
+// 8-bit codes are not searched.
+template <int BITS>
+__device__ inline bool is_searched(const Layout& layout) {
+  return BITS < 8 && layout.scale_search;
 }
 
 // A group's range and the one of eight candidates that this lane tries, number lane % 8: the range itself, or one of
@@ -101,20 +108,21 @@ __device__ inline void choose_keys(const Layout& layout, const char* const* rows
   const float2 lows = to_floats(low), highs = to_floats(high);
   const Candidate<T, BITS> first(lows.x, highs.x, index), second(lows.y, highs.y, index);
   const Quantizer<T, BITS, true> quantizer = quantizer_of<T, BITS>(first.chosen, second.chosen);
+  const bool search = is_searched<BITS>(layout);
   uint32_t first_loss = 0, second_loss = 0;
 #pragma unroll 8
-  for (int t = 0; t < layout.group_size; ++t) {
+  for (int t = 0; t < (search || layout.boosted_channels > 0 ? layout.group_size : 0); ++t) {
     const uint2 losses =
         quantizer.squared_errors(load_pair<T>(rows[t] + offset, aligned), {first.chosen.scale, second.chosen.scale},
                                  {first.units, second.units});
     first_loss += losses.x;
     second_loss += losses.y;
   }
-  if (first.is_best(first_loss, layout.scale_search)) {
+  if (first.is_best(first_loss, search)) {
     chosen[channel] = first.chosen;
     errors[channel] = first.error(first_loss);
   }
-  if (second.is_best(second_loss, layout.scale_search)) {
+  if (second.is_best(second_loss, search)) {
     chosen[channel + 1] = second.chosen;
     errors[channel + 1] = second.error(second_loss);
   }
@@ -284,7 +292,7 @@ __device__ inline void quantize_keys(const Layout& layout, const char* const* ro
 template <class T>
 __device__ inline void rotate_row(const Layout& layout, const char* from, int lane, T* to) {
   constexpr int kParts = kMaxHeadDim / 32;
-  const int head_dim = layout.head_dim, size = head_dim & -head_dim;
+  const int head_dim = layout.head_dim, size = rotation_size(head_dim);
   float x[kParts];
 #pragma unroll
   for (int i = 0; i < kParts; ++i) {
@@ -315,13 +323,8 @@ __device__ inline void rotate_row(const Layout& layout, const char* from, int la
         x[i + step] = difference;
       }
     }
-    const float norm = size == 16    ? 0.25f
-                       : size == 32  ? 0.17677669529663687f
-                       : size == 64  ? 0.125f
-                       : size == 128 ? 0.08838834764831845f
-                                     : 0.0625f;
 #pragma unroll
-    for (int i = 0; i < kParts; ++i) x[i] = __fmul_rn(x[i], norm);
+    for (int i = 0; i < kParts; ++i) x[i] = __fmul_rn(x[i], rotation_norm(size));
   }
 #pragma unroll
   for (int i = 0; i < kParts; ++i) {
@@ -343,7 +346,7 @@ __device__ inline void choose_values(const Layout& layout, const T* rows, int st
   for (int width = 1; width < 8; width *= 2) range = smaller(range, from_lane_xor(range, width));
   const float2 limits = to_floats(range);
   const Candidate<T, BITS> own(limits.x, -limits.y, index);
-  const bool search = layout.scale_search && BITS < 8;
+  const bool search = is_searched<BITS>(layout);
   uint32_t loss = 0;
   if (search) {
     const Quantizer<T, BITS, true> quantizer = quantizer_of<T, BITS>(own.chosen, own.chosen);

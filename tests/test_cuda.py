@@ -103,6 +103,17 @@ def test_store_every_value_of_a_16_bit_type(dtype: str, preset: str, tuned: bool
         assert_same_bytes(pool, expected)
 
 
+def test_8_bit_codes_are_not_searched() -> None:
+    """A group of which a narrower range would lose less: bfloat16 rounds its quotients that much."""
+    fmt = KVFormat("kivi8", 128, num_kv_heads=1, dtype="bfloat16", group_size=128, scale_search=True)
+    key = torch.full((128, 1, 128), 0.703125, dtype=torch.bfloat16)
+    key[0], key[1] = -0.3, 1.0
+    expected = Pool(fmt, [128])
+    pool = expected.to(DEVICE)
+    store_both(pool, expected, key, key.transpose(0, 2).contiguous(), [128], [128])
+    assert_same_bytes(pool, expected)
+
+
 def decode_step(num_reqs: int) -> tuple[list[int], list[int]]:
     """Rows and lengths of a step: mostly one row a request, some that complete a group, some without any."""
     rng = random.Random(num_reqs)

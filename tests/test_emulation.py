@@ -40,6 +40,7 @@ CHOSEN: list[Case] = [
     *((cuda.test_store_equals_the_reference, {"seed": seed}) for seed in range(3)),
     (cuda.test_store_every_value_of_a_16_bit_type, {"dtype": "bfloat16", "preset": "kivi_k4v2", "tuned": False}),
     (cuda.test_store_every_value_of_a_16_bit_type, {"dtype": "float16", "preset": "kivi4", "tuned": True}),
+    (cuda.test_8_bit_codes_are_not_searched, {}),
     (cuda.test_store_many_rows, {"rows": [1000], "seq_lens": [1000], "preset": "kivi2"}),
     (cuda.test_store_touches_neither_null_block_nor_padding_rows, {}),
     (cuda.test_store_skips_a_group_whose_old_tokens_are_gone, {}),

@@ -86,9 +86,25 @@ def test_other_caches_have_no_gauges(monkeypatch, stat_logger):
     assert StatLoggerManager(auto).stat_loggers == ["stock"]
 
 
+def test_a_scheduler_counts_now_and_then_and_when_nothing_runs_any_more(monkeypatch):
+    class Running:
+        def __init__(self):
+            self.running = ["a request"]
+
+    monkeypatch.setattr(Scheduler, "make_stats", lambda self: SchedulerStats())
+    monkeypatch.setattr(metrics, "cache_counts", lambda scheduler: {metrics.CACHED: len(scheduler.running)})
+    metrics.extend_scheduler_stats()
+    first, second = Running(), Running()
+    counts = [Scheduler.make_stats(x).num_kv_fetch_reqs_by_stage for x in (first, first, second)]
+    first.running = []
+    counts.append(Scheduler.make_stats(first).num_kv_fetch_reqs_by_stage)
+    assert counts == [{metrics.CACHED: 1}, {}, {metrics.CACHED: 1}, {metrics.CACHED: 0}]
+
+
 def test_an_engine_reports_its_requests(exposed, tmp_path, monkeypatch):
     """Prompts of 300 and 20 tokens, and 9 tokens more: of 308, those below 160 are in quantized pages, sinks apart."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    monkeypatch.setattr(metrics, "INTERVAL", 0.0)  # every step
     model = engines.save_tiny_llama(tmp_path / "tiny")
     options = {"kivi": {"sink_tokens": 4, "residual_length": 128, "group_size": 32}}
     with engines.engine(model, "kivi2", disable_log_stats=False, additional_config=options) as llm:

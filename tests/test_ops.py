@@ -109,14 +109,13 @@ def test_layout_fields_match() -> None:
 
 def test_what_is_compiled_for_cuda_is_what_python_says() -> None:
     """csrc/variants.inc is the list; Triton serves the head sizes that it lacks."""
-    text = (Path(__file__).parent.parent / "csrc" / "variants.inc").read_text().replace("\\\n", "")
+    text = (Path(__file__).parent.parent / "csrc" / "variants.inc").read_text()
     lines = {name: re.findall(r"DO\((.*?)\)", rest) for name, rest in re.findall(r"KIVI_CUDA_(\w+)(.*)", text)}
     assert {int(item.split(",")[0]) for item in lines["HEAD_DIMS"]} <= set(HEAD_DIMS)
     bits = {tuple(int(number) for number in item.split(",")[:2]) for item in lines["BITS"]}
     assert bits == set(PRESETS.values())
-    decode = {tuple(int(number) for number in item.split(",")[:3]) for item in lines["DECODE"]}
-    boosted = {(*PRESETS[name], fraction) for name in BOOSTED_FRACTIONS for fraction in ACCEPTED_FRACTIONS}
-    assert decode == {(*pair, 0) for pair in PRESETS.values()} | boosted
+    boosted = {tuple(int(number) for number in item.split(",")[:3]) for item in lines["BOOSTED"]}
+    assert boosted == {(*PRESETS[name], fraction) for name in BOOSTED_FRACTIONS for fraction in ACCEPTED_FRACTIONS}
     dtypes = re.findall(r"DO\(k(\w+),", text)
     assert tuple(name.lower() for name in dtypes) == heuristics.CUDA_DTYPES
 

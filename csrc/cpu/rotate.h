@@ -3,6 +3,7 @@
 // attention once to what it sums up over tiles.
 #pragma once
 
+#include "../rotation.h"
 #include "vec.h"
 
 namespace kivi::cpu::KIVI_ISA {
@@ -20,8 +21,7 @@ KIVI_INLINE Floats butterflies(Floats v) {
 
 // x [head_dim], in place; each operation is rounded to float32.
 inline void rotate(float* x, int head_dim) {
-  const int size = head_dim & -head_dim;
-  const float factor = static_cast<float>(1.0 / __builtin_sqrt(double(size)));
+  const int size = rotation_size(head_dim);
   for (int channel = 0; channel < head_dim; channel += kLanes) {
     save(x + channel, butterflies(load<Floats>(x + channel)));
   }
@@ -33,7 +33,8 @@ inline void rotate(float* x, int head_dim) {
       save(x + channel + width, a - b);
     }
   }
-  for (int channel = 0; channel < head_dim; channel += kLanes) save(x + channel, load<Floats>(x + channel) * factor);
+  for (int channel = 0; channel < head_dim; channel += kLanes)
+    save(x + channel, load<Floats>(x + channel) * rotation_norm(size));
 }
 
 }  // namespace kivi::cpu::KIVI_ISA

@@ -71,12 +71,13 @@ const char* message(cudaError_t error) { return error == cudaSuccess ? nullptr :
 
 #define LIST_DTYPE(DTYPE, T) " " #T
 #define LIST_DIM(HEAD_DIM, ...) " " #HEAD_DIM
-#define LIST_BITS(K_BITS, V_BITS, BOOST, ...) " " #K_BITS "/" #V_BITS "/" #BOOST
+#define LIST_BITS(K_BITS, V_BITS, ...) " " #K_BITS "/" #V_BITS
+#define LIST_BOOSTED(K_BITS, V_BITS, BOOST, ...) " " #K_BITS "/" #V_BITS "/" #BOOST
 // clang-format off
 constexpr const char* kCompiled =
     "decode is not compiled for this combination; head sizes:" KIVI_CUDA_HEAD_DIMS(LIST_DIM, )
-    "; dtypes:" KIVI_CUDA_DTYPES(LIST_DTYPE) "; key bits, value bits, one in how many "
-    "key channels boosted:" KIVI_CUDA_DECODE(LIST_BITS, );
+    "; dtypes:" KIVI_CUDA_DTYPES(LIST_DTYPE) "; key and value bits:" KIVI_CUDA_BITS(LIST_BITS, )
+    "; and one in how many key channels boosted:" KIVI_CUDA_BOOSTED(LIST_BOOSTED, );
 // clang-format on
 
 const void* find_kernel(const Layout& layout, Dtype dtype) {

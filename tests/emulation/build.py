@@ -35,7 +35,7 @@ FLAGS = (
 )
 KEPT_BUILDS = 12
 
-# (key bits, value bits, one in how many key channels is boosted), as in KIVI_CUDA_DECODE of csrc/variants.inc
+# (key bits, value bits, one in how many key channels is boosted or 0), as csrc/variants.inc lists them
 Variant = tuple[int, int, int]
 
 
@@ -62,8 +62,8 @@ class Build:
 
 def all_variants() -> dict[str, list[Variant]]:
     """All that variants.inc lists, for every file."""
-    rows = re.findall(r"DO\((\d+), (\d+), (\d+), __VA_ARGS__\)", (CSRC / "variants.inc").read_text())
-    variants = [(int(k_bits), int(v_bits), int(boost)) for k_bits, v_bits, boost in rows]
+    rows = re.findall(r"DO\((\d+), (\d+)(?:, (\d+))?, __VA_ARGS__\)", (CSRC / "variants.inc").read_text())
+    variants = [(int(k_bits), int(v_bits), int(boost or 0)) for k_bits, v_bits, boost in rows]
     return {path.stem: variants for path in sorted((CSRC / "instantiate").glob("decode_*.cu"))}
 
 
@@ -117,10 +117,14 @@ def _sources(build: Build) -> dict[str, str]:
         sources[path] = _as_cpp(text)
     del sources["ptx.cuh"]  # so that the one in CUDA is found
 
-    # Each file of decode kernels has its own list.
+    # Each file of decode kernels has its own lists.
     for name, variants in build.decode.items():
-        rows = " ".join("DO({}, {}, {}, __VA_ARGS__)".format(*variant) for variant in variants)
-        own = f"#undef KIVI_CUDA_DECODE\n#define KIVI_CUDA_DECODE(DO, ...) {rows}\n"
+        bits = " ".join(f"DO({k_bits}, {v_bits}, __VA_ARGS__)" for k_bits, v_bits, boost in variants if not boost)
+        boosted = " ".join("DO({}, {}, {}, __VA_ARGS__)".format(*variant) for variant in variants if variant[2])
+        own = "".join(
+            f"#undef KIVI_CUDA_{kind}\n#define KIVI_CUDA_{kind}(DO, ...) {rows}\n"
+            for kind, rows in (("BITS", bits), ("BOOSTED", boosted))
+        )
         path = f"instantiate/{name}.cu"
         sources[path] = sources[path].replace("\nnamespace", f"\n{own}\nnamespace", 1)
     absent = [path.stem for path in (CSRC / "instantiate").glob("decode_*.cu") if path.stem not in build.decode]

@@ -170,9 +170,6 @@ def check_config(vllm_config: VllmConfig) -> None:
     flag = f"kivi: --kv-cache-dtype {dtype}"
     if model_config is None:
         return
-    from vllm_kivi.backend import metrics  # imports vLLM's stat loggers, which not every process needs
-
-    metrics.add_stat_logger()
     if model_config.use_mla:
         raise ValueError(f"{flag} does not support MLA models; use --kv-cache-dtype auto or fp8")
     if model_config.is_encoder_decoder:
@@ -205,6 +202,9 @@ def check_config(vllm_config: VllmConfig) -> None:
     if _has_sliding_window(model_config) and "sliding_window" not in cache_config.kv_cache_dtype_skip_layers:
         cache_config.kv_cache_dtype_skip_layers = [*cache_config.kv_cache_dtype_skip_layers, "sliding_window"]
         logger.info("kivi: sliding-window layers keep their full-precision cache: they hold few tokens")
+    from vllm_kivi.backend import metrics  # imports vLLM's stat loggers, which not every process needs
+
+    metrics.add_stat_logger()
 
 
 def _has_sliding_window(model_config: Any) -> bool:

@@ -1,14 +1,16 @@
 """The cache in vLLM's own /metrics: its capacity, its bytes per token, and how much of what it holds is quantized.
 
 The scheduler knows every number on the CPU, so no step waits for a GPU. It lives in the engine's process and /metrics
-in that of the API server; what goes from one to the other is vLLM's SchedulerStats, once a step, and only if vLLM
-collects statistics at all: --disable-log-stats turns these off as well.
+in that of the API server; what goes from one to the other is vLLM's SchedulerStats, and only if vLLM collects
+statistics at all: --disable-log-stats turns these off as well.
 """
 
 from __future__ import annotations
 
 import functools
+import time
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from prometheus_client import Gauge
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase, StatLoggerManager
@@ -29,6 +31,9 @@ GAUGES = {
     QUANTIZED: "Tokens of running requests that their next token reads from quantized pages.",
     "kivi_quantized_share": "kivi_quantized_tokens of kivi_cached_tokens; 0 where nothing runs.",
 }
+
+# Seconds between two reports of a scheduler that runs requests: to count hundreds of them takes part of a millisecond.
+INTERVAL = 1.0
 
 
 class KiviStatLogger(AggregateStatLoggerBase):
@@ -82,10 +87,14 @@ def extend_scheduler_stats() -> None:
     if getattr(stock, "_kivi", False):
         return
 
+    due: WeakKeyDictionary[Any, float] = WeakKeyDictionary()
+
     @functools.wraps(stock)
     def make_stats(self: Any, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         stats = stock(self, *args, **kwargs)
-        if stats is not None:
+        now = time.monotonic()
+        if stats is not None and (now >= due.get(self, 0.0) or not self.running):
+            due[self] = now + INTERVAL
             stats.num_kv_fetch_reqs_by_stage.update(cache_counts(self))
         return stats
 

@@ -8,12 +8,13 @@
 
 namespace kivi::cuda {
 
-// BOOST: one key channel in this many has low bits of its own, 0: none has.
-template <class T, int D, int K_BITS, int V_BITS, int BOOST>
+// BOOST: one key channel in this many has low bits of its own, 0: none has. ONE_TILE: groups have 64 tokens or more.
+template <class T, int D, int K_BITS, int V_BITS, int BOOST, bool ONE_TILE>
 struct Decoder {
   static constexpr int kRowBytes = 2 * D;                  // of a key or value in full precision
   static constexpr int kTokenStride = 2 * kRowBytes + 16;  // in a stage: the padding avoids bank conflicts
   static constexpr int kHalves = halves_at_once(D, K_BITS);
+  static constexpr int kTiles = ONE_TILE ? 1 : kHalves;  // of which the halves of a step have key scales of their own
   static constexpr int kScaleWords = scale_words(D);
   // In `words`: scales and zeros of a step, then what only a lane itself reads, its part of the query and its State.
   static constexpr int kQueryAt = kHalves * kScaleWords, kStateAt = kQueryAt + kColumns * D / 2;
@@ -396,8 +397,8 @@ struct Decoder {
   // --------------------------------------------------------------------------------------------------------- tile
 
   // From a half to the next: its tile, or its tokens in the same tile.
-  __device__ int half_bytes() const { return layout.group_size == kHalfTokens ? layout.tile_bytes : 0; }
-  __device__ int half_tokens() const { return layout.group_size == kHalfTokens ? 0 : kHalfTokens; }
+  __device__ int half_bytes() const { return !ONE_TILE && layout.group_size == kHalfTokens ? layout.tile_bytes : 0; }
+  __device__ int half_tokens() const { return !ONE_TILE && layout.group_size == kHalfTokens ? 0 : kHalfTokens; }
 
   // Reads pairs of scales or zeros that are `distance` elements apart.
   __device__ static uint2 load_pairs(const char* from, int distance) {
@@ -427,7 +428,7 @@ struct Decoder {
     return layout.v_scale_offset + sizeof(T) * ((slot / 8 << params.log_group_size) + slot % 8 / 2 * 8 + slot % 2 * 2);
   }
 
-  // Scales and zeros of a half, this lane's part.
+  // Scales and zeros of a half, this lane's part; keys of the first kTiles halves.
   struct Prepared {
     uint2 keys[kRounds], scales[kRounds], zeros[kRounds];
   };
@@ -443,14 +444,16 @@ struct Decoder {
 #pragma unroll
       for (int i = 0; i < kRounds; ++i) {
         const int value_at = i == 0 ? first_value_scales : value_scales_at(i);
-        p[h].keys[i] = load_pairs(tile + (i == 0 ? first_key_scales : key_scales_at(i)), kPairs<K_BITS>);
-        if constexpr (BOOST > 0) {  // as scales of the high bits
-          p[h].keys[i] = {Relative<T>::four_times_negative(p[h].keys[i].x),
-                          Relative<T>::four_times_negative(p[h].keys[i].y)};
+        if (h < kTiles) {
+          p[h].keys[i] = load_pairs(tile + (i == 0 ? first_key_scales : key_scales_at(i)), kPairs<K_BITS>);
+          if constexpr (BOOST > 0) {  // as scales of the high bits
+            p[h].keys[i] = {Relative<T>::four_times_negative(p[h].keys[i].x),
+                            Relative<T>::four_times_negative(p[h].keys[i].y)};
+          }
+          largest.key = __vmaxu2(largest.key, __vmaxu2(p[h].keys[i].x, p[h].keys[i].y));
         }
         p[h].scales[i] = load_pairs(value_scales + value_at, 4);
         p[h].zeros[i] = load_pairs(value_scales + value_at + (layout.v_zero_offset - layout.v_scale_offset), 4);
-        largest.key = __vmaxu2(largest.key, __vmaxu2(p[h].keys[i].x, p[h].keys[i].y));
         largest.scale = __vmaxu2(largest.scale, __vmaxu2(p[h].scales[i].x, p[h].scales[i].y));
         largest.zero = __vmaxu2(largest.zero, __vmaxu2(p[h].zeros[i].x & 0x7FFF7FFF, p[h].zeros[i].y & 0x7FFF7FFF));
       }
@@ -468,8 +471,10 @@ struct Decoder {
 #pragma unroll
       for (int i = 0; i < kRounds; ++i) {
         if (D % 128 != 0 && lane >= D / 4) break;
-        out[32 * i] = {Relative<T>::to_half(p[h].keys[i].x, key_shift),
-                       Relative<T>::to_half(p[h].keys[i].y, key_shift)};
+        if (h < kTiles) {
+          out[32 * i] = {Relative<T>::to_half(p[h].keys[i].x, key_shift),
+                         Relative<T>::to_half(p[h].keys[i].y, key_shift)};
+        }
         out[32 * i + D / 4] = {Relative<T>::to_half(p[h].scales[i].x, value_shift[0]),
                                Relative<T>::to_half(p[h].scales[i].y, value_shift[1])};
         // Pairs 0, 2, 1, 3: see multiply_values.
@@ -487,6 +492,8 @@ struct Decoder {
     Prepared p[kHalves];
     Largest largest;
     load_scales(tile, first_token, p, largest);
+    OwnScales own[kTiles];
+    if constexpr (BOOST > 0) load_own_scales(tile, own);
     meanwhile();
     const bool larger = __vmaxu2(largest.key, key_limit) != key_limit ||
                         __vmaxu2(largest.scale, value_limit) != value_limit ||
@@ -504,55 +511,69 @@ struct Decoder {
       load_scales(tile, first_token, p, largest);
       store_scales(p);
     }
-    if constexpr (BOOST > 0) list_boosted(tile);
+    if constexpr (BOOST > 0) list_boosted(own);
     __syncwarp();
   }
 
+  // Key scales of D / 32 channels, one after another from lane * D / 32 on.
+  struct alignas(D / 16) OwnScales {
+    uint32_t pairs[D / 64];
+  };
+
+  __device__ void load_own_scales(const char* tile, OwnScales (&own)[kTiles]) const {
+#pragma unroll
+    for (int h = 0; h < kTiles; ++h) {
+      own[h] = reinterpret_cast<const OwnScales*>(tile + h * half_bytes() + layout.k_scale_offset)[lane];
+    }
+  }
+
   // Of each tile of a step: where the query of a boosted channel lies, and the scale of its low bits.
-  __device__ void list_boosted(const char* tile) const {
+  __device__ void list_boosted(const OwnScales (&own)[kTiles]) const {
+    constexpr uint32_t kRow = kColumns * sizeof(__half);
     const unsigned lower_lanes = (1u << lane) - 1;
 #pragma unroll
-    for (int h = 0; h < kHalves; ++h) {
-      if (h > 0 && half_bytes() == 0) break;
-      const char* scales = tile + h * half_bytes() + layout.k_scale_offset;
+    for (int h = 0; h < kTiles; ++h) {
       uint32_t* list = words + kBoostListAt + h * Boost::kChannels;
-      int num_before = 0;
+      int index = 0;
 #pragma unroll
-      for (int i = 0; i < D / 64; ++i) {
-        const int channel = 2 * (lane + 32 * i);
-        const uint32_t pair = *reinterpret_cast<const uint32_t*>(scales + channel * sizeof(T));
-        const bool is_first = pair & 0x8000, is_second = pair >> 31;
-        const unsigned firsts = __ballot_sync(~0u, is_first), seconds = __ballot_sync(~0u, is_second);
-        const uint32_t scale = Relative<T>::to_half(pair & 0x7FFF7FFF, key_shift);
-        const int index = num_before + __popc(firsts & lower_lanes) + __popc(seconds & lower_lanes);
-        const uint32_t row = channel * (kColumns * sizeof(__half)) << 16;
-        if (is_first) list[Boost::slot(index)] = row | (scale & 0xFFFF);
-        if (is_second) list[Boost::slot(index + is_first)] = (row + (kColumns * sizeof(__half) << 16)) | scale >> 16;
-        num_before += __popc(firsts) + __popc(seconds);
+      for (int i = 0; i < D / 32; ++i) {
+        index += __popc(__ballot_sync(~0u, own[h].pairs[i / 2] & 0x8000u << 16 * (i % 2)) & lower_lanes);
+      }
+#pragma unroll
+      for (int i = 0; i < D / 32; ++i) {
+        const uint32_t pair = own[h].pairs[i / 2], scales = Relative<T>::to_half(pair & 0x7FFF7FFF, key_shift);
+        const uint32_t entry = __byte_perm(scales, (lane * (D / 32) + i) * kRow, i % 2 == 0 ? 0x5410 : 0x5432);
+        const bool boosted = pair & 0x8000u << 16 * (i % 2);
+        if (boosted) list[index & (Boost::kChannels - 1)] = entry;  // whatever a page holds stays within the list
+        index += boosted;
       }
     }
   }
 
   // Adds the products of the low bits of boosted channels.
   __device__ void multiply_boosted(const char* tile, int first_token, float (&scores)[kHalves][2][4]) const {
-    constexpr int kPairsOfLane = Boost::kPairs, kLoaded = kPairsOfLane < 4 ? kPairsOfLane : 4;
+    constexpr int kPairsOfLane = Boost::kPairs, kLoaded = Boost::kLoaded;
+    struct alignas(4 * kLoaded) Entries {
+      uint32_t of[kLoaded];
+    };
     const uint32_t rows = shared_address(words + kBoostQueryAt);
-    const int block = t * kPairsOfLane / 4, shift = kPairsOfLane < 4 ? t * kPairsOfLane % 4 * 2 : 0;
+    const int block = t * kPairsOfLane / 4, first_pair = t * kPairsOfLane % 4;
     const char* codes = tile + layout.k_boost_offset + 2 * (block * layout.group_size + first_token) + 8 * g;
     const int distance = half_bytes() + 2 * half_tokens();
     uint32_t folded[kPairsOfLane];
 #pragma unroll
     for (int h = 0; h < kHalves; ++h) {
-      if (h == 0 || half_bytes() != 0) {
+      if (h < kTiles) {
         const uint32_t* list = words + kBoostListAt + h * Boost::kChannels;
 #pragma unroll
         for (int i = 0; i < kPairsOfLane; i += kLoaded) {
           uint32_t loaded[kLoaded];
-          ldmatrix_transposed(loaded, rows + (list[8 * i + lane % (8 * kLoaded)] >> 16));
+          ldmatrix_transposed(loaded, rows + (list[Boost::channel_of_row(i, lane)] >> 16));
+          const Entries first = *reinterpret_cast<const Entries*>(list + 8 * (block + i / 4) + first_pair);
+          const Entries second = *reinterpret_cast<const Entries*>(list + 8 * (block + i / 4) + first_pair + 4);
 #pragma unroll
           for (int e = 0; e < kLoaded; ++e) {
-            const uint2 two = *reinterpret_cast<const uint2*>(list + 8 * (i + e) + 2 * t);
-            folded[i + e] = multiply(loaded[e], __byte_perm(two.x, two.y, 0x5410));
+            folded[i + e] = multiply(loaded[e], __byte_perm(first.of[e], second.of[e], 0x5410));
             if (e > 0) folded[i + e] = multiply(folded[i + e], (0x3C00 - (position<2>(e) << 10)) * 0x00010001u);
           }
         }
@@ -561,8 +582,8 @@ struct Decoder {
       for (int i = 0; i < kPairsOfLane; i += kLoaded) {
         const uint2 words = *reinterpret_cast<const uint2*>(codes + h * distance + i / 4 * (2 * layout.group_size));
         uint32_t first[8], second[8];  // each of two tokens
-        unpack<2>(words.x >> shift, first);
-        unpack<2>(words.y >> shift, second);
+        unpack<2>(words.x >> 2 * first_pair, first);
+        unpack<2>(words.y >> 2 * first_pair, second);
         if constexpr (kLoaded == 1) {
           mma_k8<__half>(scores[h][0], first[0], first[4], folded[0]);
           mma_k8<__half>(scores[h][1], second[0], second[4], folded[0]);
@@ -647,22 +668,24 @@ struct Decoder {
     const int distance = half_bytes() + 4 * half_tokens();
 #pragma unroll
     for (int i = 0; i < kKeyWords; ++i) {
+      uint32_t folded[kPairsOfWord];
 #pragma unroll
       for (int h = 0; h < kHalves; ++h) {
         const int word = t + 4 * i;
         const uint32_t* scale = words + h * kScaleWords + word * kPairsOfWord;
         const uint4 words = *reinterpret_cast<const uint4*>(codes + h * distance + i * (16 * layout.group_size));
-        uint32_t folded[kPairsOfWord];
-        if constexpr (kPairsOfWord == 2) {
-          reinterpret_cast<uint2&>(folded) = *reinterpret_cast<const uint2*>(scale);
-        } else {
+        if (h < kTiles) {
+          if constexpr (kPairsOfWord == 2) {
+            reinterpret_cast<uint2&>(folded) = *reinterpret_cast<const uint2*>(scale);
+          } else {
 #pragma unroll
-          for (int e = 0; e < kPairsOfWord; e += 4) {
-            reinterpret_cast<uint4&>(folded[e]) = *reinterpret_cast<const uint4*>(scale + e);
+            for (int e = 0; e < kPairsOfWord; e += 4) {
+              reinterpret_cast<uint4&>(folded[e]) = *reinterpret_cast<const uint4*>(scale + e);
+            }
           }
-        }
 #pragma unroll
-        for (int e = 0; e < kPairsOfWord; ++e) folded[e] = multiply(folded[e], query_codes[i * kPairsOfWord + e]);
+          for (int e = 0; e < kPairsOfWord; ++e) folded[e] = multiply(folded[e], query_codes[i * kPairsOfWord + e]);
+        }
         uint32_t a[4][kPairsOfWord];
         unpack<K_BITS>(words.x, a[0]);
         unpack<K_BITS>(words.y, a[1]);

@@ -57,10 +57,10 @@ __device__ inline void write_output(const DecodeParams& params, const Segment& s
   }
 }
 
-template <class T, int D, int K_BITS, int V_BITS, int BOOST>
+template <class T, int D, int K_BITS, int V_BITS, int BOOST, bool ONE_TILE>
 __global__ void __launch_bounds__(32 * kMaxWarps, kBlocksPerMultiprocessor)
     decode_kernel(const __grid_constant__ DecodeParams params) {
-  using Kernel = Decoder<T, D, K_BITS, V_BITS, BOOST>;
+  using Kernel = Decoder<T, D, K_BITS, V_BITS, BOOST, ONE_TILE>;
   constexpr int kElements = 32 * Kernel::kBlocks;  // float4 of an item's sums
   extern __shared__ __align__(128) char shared[];
   __shared__ __align__(8) uint64_t barriers[kMaxWarps][kMaxStages];

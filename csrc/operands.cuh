@@ -118,15 +118,15 @@ __device__ inline uint32_t largest_of(int exponent) {
 template <int D, int FRACTION>
 struct Boosted {
   static constexpr int kChannels = FRACTION == 0 ? 0 : D / (FRACTION + (FRACTION == 0));
-  static constexpr int kPairs = kChannels / 8;  // of a lane with t = lane % 4: pairs t * kPairs ... of all
+  static constexpr int kPairs = kChannels / 8;             // of a lane with t = lane % 4: pairs t * kPairs ... of all
+  static constexpr int kLoaded = kPairs < 4 ? kPairs : 4;  // pairs of a lane that are gathered at once
   static constexpr int kQueryWords = FRACTION == 0 ? 0 : 4 * D;
 
-  // Row 8 m + 2 t + e of the gathered query: channel e of lanes' pair m. Pair i of a block of 8 channels is i and i
-  // + 4.
-  static __device__ int slot(int index) {
-    index &= kChannels - 1;  // whatever a page holds stays within the list
-    const int pair = index / 8 * 4 + index % 4;
-    return pair % kPairs * 8 + pair / kPairs * 2 + index / 4 % 2;
+  // Of a block of 8 channels, pair i is channels i and i + 4. Which channel of all is row `lane` of the gathered query
+  // if lanes take their pairs from `first` on: the row 8 m + 2 t + e is channel e of the pair first + m of lanes t.
+  static __device__ int channel_of_row(int first, int lane) {
+    const int pair = lane % 8 / 2 * kPairs + first + lane / 8 % kLoaded;
+    return pair / 4 * 8 + pair % 4 + lane % 2 * 4;
   }
 };
 

@@ -12,7 +12,8 @@ constexpr int kHalfTokens = 32;                                    // tokens of 
 constexpr int kTileCost = 2;   // a unit of tiles
 constexpr int kStartCost = 4;  // to begin with an item
 constexpr int kMinCost = 4;    // of a part: less is not worth a merge
-constexpr int kMaxWarps = 4, kMaxStages = 4;
+constexpr int kMaxWarps = 4;
+constexpr int kMaxStages = 2;                // 3 or 4 take 2 % more time
 constexpr int kBlocksPerMultiprocessor = 2;  // by registers
 
 // Halves that are attended at once, by registers.

@@ -9,7 +9,7 @@
 namespace kivi::cuda {
 
 template <class T, int HEAD_DIM>
-const void* decode_kernel_for(int k_bits, int v_bits, int boosted_channels);  // in the other files of this folder
+const void* decode_kernel_for(const Layout& layout);  // in the other files of this folder
 
 namespace {
 
@@ -81,10 +81,8 @@ constexpr const char* kCompiled =
 // clang-format on
 
 const void* find_kernel(const Layout& layout, Dtype dtype) {
-#define FIND_DIM(HEAD_DIM, T)                                                                     \
-  if (layout.head_dim == HEAD_DIM) {                                                              \
-    return decode_kernel_for<T, HEAD_DIM>(layout.k_bits, layout.v_bits, layout.boosted_channels); \
-  }
+#define FIND_DIM(HEAD_DIM, T) \
+  if (layout.head_dim == HEAD_DIM) return decode_kernel_for<T, HEAD_DIM>(layout);
 #define FIND(DTYPE, T)               \
   if (dtype == Dtype::DTYPE) {       \
     KIVI_CUDA_HEAD_DIMS(FIND_DIM, T) \

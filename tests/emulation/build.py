@@ -129,7 +129,7 @@ def _sources(build: Build) -> dict[str, str]:
         sources[path] = sources[path].replace("\nnamespace", f"\n{own}\nnamespace", 1)
     absent = [path.stem for path in (CSRC / "instantiate").glob("decode_*.cu") if path.stem not in build.decode]
     instances = "\n".join(
-        f"template <> const void* decode_kernel_for<{_parameters(name)}>(int, int, int) {{ return nullptr; }}"
+        f"template <> const void* decode_kernel_for<{_parameters(name)}>(const Layout&) {{ return nullptr; }}"
         for name in sorted(absent)
     )
     # One unit for all that is small: most of what it takes to compile are headers.

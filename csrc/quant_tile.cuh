@@ -47,6 +47,8 @@ struct Scale {
     if constexpr (sizeof(T) == 2) divisor = __frcp_rn(divisor);
   }
 
+  __device__ Pair<T> terms() const { return Number<T>::pair(factor, minus_low); }
+
   // If `cut` is taken off both ends of a range of length `span`, one that a search may narrow.
   __device__ Scale(float low, float span, float cut) {
     zero = rounded<T>(__fadd_rn(low, cut)) + 0.0f;
@@ -65,6 +67,11 @@ struct Quantizer {
   float2 divisor;
 
   // Pairs {factor, minus_low} and the divisor of either channel.
+  // SCALE: Scale or what was kept of one; of either channel.
+  template <class SCALE>
+  __device__ Quantizer(const SCALE& first, const SCALE& second)
+      : Quantizer(first.terms(), second.terms(), first.divisor, second.divisor) {}
+
   __device__ Quantizer(Pair<T> first, Pair<T> second, float first_divisor, float second_divisor)
       : factor(firsts(first, second)), minus_low(seconds(first, second)), divisor{first_divisor, second_divisor} {}
 
@@ -107,7 +114,7 @@ struct Quantizer {
     }
   }
 
-  // Of groups that are searched; `scale` is what is stored.
+  // Of groups whose loss means something; `scale` is what is stored.
   __device__ uint2 squared_errors(Pair<T> x, float2 scale, float2 units) const {
     float2 code;
     if constexpr (kRoundsPairs) {

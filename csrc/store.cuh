@@ -47,16 +47,12 @@ __device__ inline void load_tokens(Pair<T> (&x)[8], const char* const* rows, int
   for (int i = 0; i < 8; ++i) x[i] = load_pair<T>(rows[i] + channel * int(sizeof(T)), aligned);
 }
 
-// Keys of channels 16 * unit to 16 * unit + 15, all tokens. rows: addresses of the group's tokens.
-template <class T, int BITS>
-__device__ inline void quantize_keys(const Layout& layout, const char* const* rows, bool aligned, int unit, int lane,
-                                     char* tile) {
-  using Codes = KeyCodes<BITS>;
-  constexpr int kTokens = Halves<BITS>::kTokens;
-  const int channel = 16 * unit + lane % 8 * 2, num_runs = layout.group_size / 32;
-  Pair<T> x[8];
-  const auto load = [&](int run) { load_tokens<T>(x, rows + 32 * run + lane / 8 * 8, channel, aligned); };
-  Pair<T> low = largest<T>(), high = lowest<T>();
+// Of two channels over all tokens of a group. load(run) reads eight of them into x; the lanes that differ by 8 and 16
+// have the others of a run. x keeps the last run.
+template <class T, class Load>
+__device__ inline void find_ranges(const Pair<T> (&x)[8], int num_runs, const Load& load, Pair<T>& low, Pair<T>& high) {
+  low = largest<T>();
+  high = lowest<T>();
 #pragma unroll 1
   for (int run = 0; run < num_runs; ++run) {
     load(run);
@@ -71,6 +67,19 @@ __device__ inline void quantize_keys(const Layout& layout, const char* const* ro
     low = smaller(low, from_lane_xor(low, width));
     high = larger(high, from_lane_xor(high, width));
   }
+}
+
+// Keys of channels 16 * unit to 16 * unit + 15, all tokens. rows: addresses of the group's tokens.
+template <class T, int BITS>
+__device__ inline void quantize_keys(const Layout& layout, const char* const* rows, bool aligned, int unit, int lane,
+                                     char* tile) {
+  using Codes = KeyCodes<BITS>;
+  constexpr int kTokens = Halves<BITS>::kTokens;
+  const int channel = 16 * unit + lane % 8 * 2, num_runs = layout.group_size / 32;
+  Pair<T> x[8];
+  const auto load = [&](int run) { load_tokens<T>(x, rows + 32 * run + lane / 8 * 8, channel, aligned); };
+  Pair<T> low, high;
+  find_ranges<T>(x, num_runs, load, low, high);
   // Lanes 0-7 and 16-23 compute the first channel's scale, the others the second one's.
   const bool is_second = lane & 8;
   const float2 lows = to_floats(low), highs = to_floats(high);

@@ -130,13 +130,12 @@ def searched_group(group: list[float], bits: int, dtype: str) -> tuple[list[int]
 
 def boosted_channels_of(fmt: KVFormat, groups: list[list[float]]) -> list[int]:
     """Those that lose most at 2 bits, in ascending order."""
-    quantized = searched_group if fmt.scale_search else quantized_group
     errors = []
     for group in groups:
         span = f32(max(group) - min(group))
         if 2**-14 <= span <= 2**15:
             unit = 2.0 ** (exponent_of(span) - 11)
-            errors.append(f32(loss(group, *quantized(group, 2, fmt.dtype))) * unit**2)
+            errors.append(f32(loss(group, *quantized_group(group, 2, fmt.dtype))) * unit**2)
         else:
             errors.append(0.0 if span < 1 else math.inf)
     count = -(-len(groups) // {"kivi2_boost": fmt.boosted_fraction}[fmt.preset])
@@ -164,7 +163,7 @@ def expected_tile(fmt: KVFormat, first_token: int, head: int) -> bytes:
     if fmt.full_precision:
         return b"".join(encoded(x, dtype) for row in k + v for x in row)
 
-    quantized = searched_group if fmt.scale_search else quantized_group
+    quantized_values = searched_group if fmt.scale_search else quantized_group
     if fmt.rotate_values:
         v = [rotated(row, dtype) for row in v]
     k_bits, v_bits = PRESETS[fmt.preset]
@@ -184,14 +183,14 @@ def expected_tile(fmt: KVFormat, first_token: int, head: int) -> bytes:
     k_boost = bytearray(len(boosted) * group_size // 4)
     for d in range(dim):
         if d in boosted:
-            codes, scale, zero = quantized(groups[d], 4, dtype)
+            codes, scale, zero = quantized_group(groups[d], 4, dtype)
             j = boosted.index(d)
             for t, code in enumerate(codes):
                 bit = 16 * (j % 8 // 4) + 8 * (t % 2) + 2 * (j % 4)
                 put(k_boost, j // 8 * (group_size // 2) + t // 2, bit, code % 4)
             codes, scale = [code // 4 for code in codes], -scale
         else:
-            codes, scale, zero = quantized(groups[d], k_bits, dtype)
+            codes, scale, zero = quantized_group(groups[d], k_bits, dtype)
         k_scale, k_zero = k_scale + encoded(scale, dtype), k_zero + encoded(zero, dtype)
         for t, code in enumerate(codes):
             put(k_codes, d // channels_of_word * group_size + t, k_bits * (d % channels_of_word), code)
@@ -200,7 +199,7 @@ def expected_tile(fmt: KVFormat, first_token: int, head: int) -> bytes:
     slots = 16 // v_bits
     for first_channel in range(0, dim, group_size):
         for t in range(group_size):
-            codes, scale, zero = quantized(v[t][first_channel : first_channel + group_size], v_bits, dtype)
+            codes, scale, zero = quantized_values(v[t][first_channel : first_channel + group_size], v_bits, dtype)
             v_scale, v_zero = v_scale + encoded(scale, dtype), v_zero + encoded(zero, dtype)
             for d, code in enumerate(codes, first_channel):
                 s = 4 * d + t % 4
@@ -263,18 +262,18 @@ GOLDEN_PAGES = {
     "kivi8-96-64-float32": "25bf2f83a3142a4a8a446edfd50d6878b3c4850efc289ca69e035d54b9d842dd",
     "kivi8-128-32-float16": "1a1536b2c03dfa2652fae0de3d005d92dc922357e4f5168badf6e8ccac94ce8e",
     "kivi_k4v2-256-32-bfloat16": "c3cec65bbb0aceb7aaf8c6dad8c66a2910ee98cc5b9f37054e19ea4c132143cd",
-    "kivi2-64-32-bfloat16-search": "59996a39fb0c1bd5f163376a3f50590a274cd58a5ad8c1b74228ff58e974d204",
-    "kivi2-128-64-float16-search": "1635b871f7a96b663e7f67233cf10ef6f35eb77210763f222bd1b89444ec2746",
-    "kivi_k4v2-96-64-float32-search": "ae5a13a8c88765852499bc7689399e77215bf1aa9fd56e97208aab82ba425fff",
-    "kivi4-80-128-bfloat16-search": "d5c142d38805e46bf5eb0e08134b2051f28d3a1650cf6c7ef7364fc49ce9f5cf",
+    "kivi2-64-32-bfloat16-search": "65ac2edb493f2113d5026dc1b0bb2f13940c981a735f0c59b05286a99016328e",
+    "kivi2-128-64-float16-search": "b0aea682c82bd27954d707f43fecb495fcb06b1c0668c78eac10838227c900d6",
+    "kivi_k4v2-96-64-float32-search": "caf1996c2e45ee465d39e83396b87a810b48234c050cccb29ef5da964f8fea79",
+    "kivi4-80-128-bfloat16-search": "23a88c064bd90f50d0e6c002f8a3249946864c5d211734fbac97fd93e2161927",
     "kivi8-64-32-bfloat16-search": "49d8487de750be6f81408e43b0beeed50fa1512e65e18045adfe3efc6962f399",
     "kivi2-64-32-bfloat16-rotate": "8bf4f593f55d393e42760e346527f54ce0b8f62589e2323cc68e0598a4700de0",
-    "kivi2-80-32-float16-search-rotate": "d9a9daf6091532bac0a0f93c306d649f2c029b72760a7fffe4a2bc9b8ec896f9",
+    "kivi2-80-32-float16-search-rotate": "e7e97fe8d8cebade6b685162e5865507c585e2f3d472b4a95804729c70e7cbb4",
     "kivi4-96-64-float32-rotate": "f35ebb360a5727b493046bbb570630c7128060b5668837e99812c585ec9794b6",
-    "kivi_k4v2-128-32-bfloat16-search-rotate": "34cb6090f879604c453e56dada1389b0f22cf39c8ab5abdb35e2305c98a75851",
+    "kivi_k4v2-128-32-bfloat16-search-rotate": "a09329940b78a6e20e35ceb67950bb868b14eb2d3c9a5d4cc0ca22cc6b982366",
     "kivi2_boost-64-32-bfloat16": "2e34ff40b5f26fec379a8793fa7533a75688d6360111dc7e38c3e1dcb535d845",
-    "kivi2_boost-128-64-bfloat16-search-rotate": "899c716adda1929170946040caf157b4f813fe1536c1c48fe9fb62b305817354",
-    "kivi2_boost-80-128-float16-search": "2c638bfc7e54db68ed8c50726534f9530eabe649b536b847f4edd9f93e5fae1d",
+    "kivi2_boost-128-64-bfloat16-search-rotate": "082e81ff10d0a3455543bc783087cfc083789ae7aebf1068a53585a43cd5f632",
+    "kivi2_boost-80-128-float16-search": "e3cd1d2855b54bcf47cf14a9b07a01006efa5e2f13ad6598f0d79fcdc9cc5887",
     "kivi2_boost-96-32-float32-rotate-eighth": "0fa583a2e8be02de2c1a71c92ade3aa6baf43fab58e3415a11f80fc2ff6be0ef",
     "kivi2_boost-256-32-float16-eighth": "f5e92a9bd52c709ef075aa785064ab7628dcc3ddf64a1a4fe14af6c3ad37c4fc",
     "kivi2_boost-64-32-bfloat16-full-rotate": "20ae821349d888aa576279c6003d98a1faee27c345136636d8d788b78e42d438",

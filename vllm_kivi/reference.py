@@ -60,7 +60,7 @@ def _sanitize(x: Tensor) -> Tensor:
     return torch.nan_to_num(x, nan=0.0, posinf=limits.max, neginf=limits.min) + 0.0
 
 
-def _quantize(x: Tensor, bits: int, dim: int, scale_search: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _quantize(x: Tensor, bits: int, dim: int, scale_search: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scale and zero of groups that lie along `dim`; scale and zero keep it with length 1."""
     x = _sanitize(x)
     # A tensor on x's device: CUDA divides by a Python number (or a CPU scalar) through its reciprocal.
@@ -142,12 +142,11 @@ def _check_quantize(x: Tensor, bits: int, group_size: int) -> None:
             raise ValueError(f"kivi: {name}={value!r} is not supported; accepted: {', '.join(map(str, accepted))}")
 
 
-def quantize_keys(k: Tensor, bits: int, group_size: int, scale_search: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_keys(k: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Quantizes per channel over groups of `group_size` tokens; a shorter last group is quantized on its own.
 
     Args:
         k: [T, H, D] in float32, bfloat16 or float16.
-        scale_search: see docs/FORMAT.md; without it, published KIVI.
 
     Returns:
         codes uint8 [T, H, D]; scale and zero [ceil(T / G), H, D] in k's dtype.
@@ -158,20 +157,18 @@ def quantize_keys(k: Tensor, bits: int, group_size: int, scale_search: bool = Fa
     zero = torch.empty_like(scale)
     for group, first in enumerate(range(0, k.shape[0], group_size)):
         tokens = slice(first, first + group_size)
-        codes[tokens], scale[group : group + 1], zero[group : group + 1] = _quantize(k[tokens], bits, 0, scale_search)
+        codes[tokens], scale[group : group + 1], zero[group : group + 1] = _quantize(k[tokens], bits, 0)
     return codes, scale, zero
 
 
-def quantize_boosted_keys(
-    k: Tensor, boosted_channels: int, group_size: int, scale_search: bool = False
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def quantize_boosted_keys(k: Tensor, boosted_channels: int, group_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`quantize_keys` at 2 bits, but at 4 bits for the channels of each group and head that lose most at 2.
 
     Returns:
         codes, scale and zero as `quantize_keys`; boosted bool [ceil(T / G), H, D], `boosted_channels` of D are True.
     """
-    codes, scale, zero = quantize_keys(k, 2, group_size, scale_search)
-    finer = quantize_keys(k, 4, group_size, scale_search)
+    codes, scale, zero = quantize_keys(k, 2, group_size)
+    finer = quantize_keys(k, 4, group_size)
     boosted = torch.zeros(scale.shape, dtype=torch.bool, device=k.device)
     for group, first in enumerate(range(0, k.shape[0], group_size)):
         one, tokens = slice(group, group + 1), slice(first, first + group_size)
@@ -284,13 +281,13 @@ def _write_tile(fmt: KVFormat, tile: Tensor, k: Tensor, v: Tensor) -> None:
         _put(tile, fmt.v_codes_offset, v.transpose(0, 1))
         return
     if fmt.boosted_channels:
-        codes, scale, zero, boosted = quantize_boosted_keys(k, fmt.boosted_channels, fmt.group_size, fmt.scale_search)
+        codes, scale, zero, boosted = quantize_boosted_keys(k, fmt.boosted_channels, fmt.group_size)
         low = (codes & 3).permute(1, 2, 0)[boosted[0]]  # of boosted channels, in ascending order: [H * B, G]
         low = low.view(num_heads, -1, 2, 4, group_size // 2, 2).permute(0, 1, 4, 2, 5, 3)
         _put(tile, fmt.k_boost_offset, _words(low.flatten(3), _shifts(2, k.device)))
         codes, scale = torch.where(boosted, codes >> 2, codes), torch.where(boosted, -scale, scale)
     else:
-        codes, scale, zero = quantize_keys(k, fmt.k_bits, fmt.group_size, fmt.scale_search)
+        codes, scale, zero = quantize_keys(k, fmt.k_bits, fmt.group_size)
     shifts = _shifts(fmt.k_bits, k.device)
     fields = codes.view(group_size, num_heads, -1, len(shifts)).permute(1, 2, 0, 3)  # [H, D / C, G, C]
     _put(tile, fmt.k_codes_offset, _words(fields, shifts))

@@ -9,8 +9,9 @@
 // products that are added to are exact, or by 0.5, where a subnormal that this could round is beside a number larger
 // than half the range.
 //
-// With scale_search each group is quantized eight times, for its range and for narrower ones, and the codes that lose
-// least are kept. Where a format has boosted channels, all are quantized with 2 bits and the worst ones again with 4.
+// With scale_search each group of values is quantized eight times, for its range and for narrower ones, and the codes
+// that lose least are kept. Where a format has boosted channels, all keys are quantized with 2 bits and the worst
+// channels again with 4.
 #pragma once
 
 #include "page.h"
@@ -65,46 +66,45 @@ struct Quantizer {
 
   KIVI_INLINE Words code(Floats x) const { return (Words)biased_code(x) & ((1u << BITS) - 1); }
 
-  // What follows is for ranges that are searched: docs/FORMAT.md has every operation.
+  // What follows is for losses: docs/FORMAT.md has every operation.
   KIVI_INLINE Floats span() const { return high - low; }
-  static KIVI_INLINE Ints searched(Floats span) { return (span >= 0x1p-14f) & (span <= 0x1p15f); }
+  static KIVI_INLINE Ints measurable(Floats span) { return (span >= 0x1p-14f) & (span <= 0x1p15f); }
   static KIVI_INLINE Floats units(Floats span) {
     return (Floats)(((127u + 127u + 11u) << 23) - ((Words)span & 0x7f800000u));
   }
 
-  // Takes the narrower range that loses least, if one does, and returns the loss of what it took. loss_of(quantizer,
-  // units) is the sum of squared_error over a group. Sums of integers do not depend on their order.
+  // Takes the narrower range that loses least, if one does. loss_of(quantizer, units) is the sum of squared_error over
+  // a group. Sums of integers do not depend on their order.
   template <class F>
-  KIVI_INLINE Words search(const F& loss_of) {
+  KIVI_INLINE void search(const F& loss_of) {
     const Floats span = this->span(), part = span / 40.0f, units = this->units(span);
-    const Ints searched = this->searched(span);
+    const Ints measurable = this->measurable(span);
     Quantizer best = *this, narrow = *this;
-    Words loss = loss_of(*this, units), least = loss - (loss >> 6);
+    const Words loss = loss_of(*this, units);
+    Words least = loss - (loss >> 6);
     Floats cut = {};
     for (int i = 0; i < 7; ++i) {
       cut += part;
       narrow.low = narrow.low_half = rounded<T>(low + cut) + 0.0f;
       narrow.step = rounded<T>((span - 2.0f * cut) / kLevels);
       const Words narrow_loss = loss_of(narrow, units);
-      const Ints better = searched & (narrow_loss < least);
-      loss = better ? narrow_loss : loss;
+      const Ints better = measurable & (narrow_loss < least);
       least = better ? narrow_loss : least;
       best.low = better ? narrow.low : best.low;
       best.low_half = better ? narrow.low_half : best.low_half;
       best.step = better ? narrow.step : best.step;
     }
     *this = best;
-    return loss;
   }
 
   // A loss as one number that compares with that of other ranges.
   static KIVI_INLINE Floats error(Floats span, Words loss) {
     const Floats unit = (Floats)(((Words)span & 0x7f800000u) - (11u << 23));
     const Floats exact = __builtin_convertvector((Ints)loss, Floats) * unit * unit;
-    return searched(span) ? exact : span > 1.0f ? splat(kInfinity) : Floats{};
+    return measurable(span) ? exact : span > 1.0f ? splat(kInfinity) : Floats{};
   }
 
-  // Of a group that is searched, so that `half` is 1.
+  // Of a group with a measurable range, so that `half` is 1.
   KIVI_INLINE Words squared_error(Floats x, Floats units) const {
     const Floats short_step = (Floats)((Words)step & ~0xffu);  // its products with codes are exact
     const Floats error = (x - low) - (biased_code(x) - kRoundingBias) * short_step;
@@ -129,19 +129,12 @@ struct KeyGroups {
       quantizer.see(x[token]);
     }
     quantizer.seen_all();
-    const Floats span = quantizer.span();
-    const auto loss_of = [&](const auto& candidate, Floats units) {
-      Words sum = {};
-      for (int token = 0; token < group_size; ++token) sum += candidate.squared_error(x[token], units);
-      return sum;
-    };
-    Words loss = {};
-    if (BITS < 8 && layout.scale_search) {
-      loss = quantizer.search(loss_of);
-    } else if (BITS == 2 && layout.boosted_channels > 0) {
-      loss = loss_of(quantizer, quantizer.units(span));
+    if (BITS == 2 && layout.boosted_channels > 0) {
+      const Floats span = quantizer.span(), units = quantizer.units(span);
+      Words loss = {};
+      for (int token = 0; token < group_size; ++token) loss += quantizer.squared_error(x[token], units);
+      error = quantizer.error(span, loss);
     }
-    error = quantizer.error(span, loss);
   }
 
   // codes[channel], each of the tokens from `token` on.

@@ -124,9 +124,9 @@ def codes_of(x, counted, levels, dtype: tl.constexpr, axis: tl.constexpr, search
 
 
 @triton.jit
-def group_errors(x, levels, dtype: tl.constexpr, axis: tl.constexpr, search: tl.constexpr):
+def group_errors(x, levels, dtype: tl.constexpr, axis: tl.constexpr):
     """What groups along `axis` lose if they are quantized so: numbers that compare like their squared errors."""
-    _, span, _, zero, step = _chosen(x, True, levels, dtype, axis, search)
+    _, span, _, zero, step = _chosen(x, True, levels, dtype, axis, False)
     inverse_units = _inverse_units(span)
     loss = _squared_error(x, True, zero, step, inverse_units, levels, dtype, axis).to(tl.float32)
     unit = (0x7F000000 - inverse_units.to(tl.uint32, bitcast=True)).to(tl.float32, bitcast=True)

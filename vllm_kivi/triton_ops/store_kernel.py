@@ -56,7 +56,7 @@ def _channel_errors(key, row, first_row, head, old, channels: tl.constexpr, layo
         channel = first + tl.arange(0, channels)[None, :]
         is_channel = channel < layout[HEAD_DIM]
         x = _group(key, row, first_row, head, old, channel, is_channel)
-        error = group_errors(finite(x, dtype), 3.0, dtype, 0, layout[SCALE_SEARCH])
+        error = group_errors(finite(x, dtype), 3.0, dtype, 0)
         errors = tl.where((tl.arange(0, parts)[:, None] == first // channels) & is_channel, error, errors)
     return errors
 
@@ -80,7 +80,6 @@ def _store_keys(key, row, first_row, head, old, tile, layout: tl.constexpr, dtyp
     per_word: tl.constexpr = 32 // bits
     head_dim: tl.constexpr = layout[HEAD_DIM]
     group_size: tl.constexpr = layout[GROUP_SIZE]
-    search: tl.constexpr = layout[SCALE_SEARCH] and bits < 8
     num_boosted: tl.constexpr = layout[BOOSTED_CHANNELS]
     channels: tl.constexpr = BOOSTED_ELEMENTS // group_size if num_boosted > 0 else KEY_CHANNELS
     num_quartets: tl.constexpr = 16 if num_boosted <= 64 else layout[WIDTH] // 4  # that low bits are stored in
@@ -97,7 +96,7 @@ def _store_keys(key, row, first_row, head, old, tile, layout: tl.constexpr, dtyp
         x = finite(_group(key, row, first_row, head, old, channel[None, :], is_channel[None, :]), dtype)
         if num_boosted > 0:
             boosted = _is_boosted(errors, first, channels, layout)
-            codes, scale, zero = codes_of(x, True, tl.where(boosted, 15.0, 3.0)[None, :], dtype, 0, search)
+            codes, scale, zero = codes_of(x, True, tl.where(boosted, 15.0, 3.0)[None, :], dtype, 0, False)
             # A product with powers of two puts the low bits of four boosted channels into one byte.
             index = num_lower + tl.cumsum(boosted.to(tl.int32), axis=0) - 1
             weight = tl.where(boosted[:, None] & (index[:, None] // 4 == quartet), 1 << 2 * (index % 4)[:, None], 0)
@@ -108,7 +107,7 @@ def _store_keys(key, row, first_row, head, old, tile, layout: tl.constexpr, dtyp
             sign = tl.where(boosted, 0x80000000, 0).to(tl.uint32)[None, :]
             scale = (scale.to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True)
         else:
-            codes, scale, zero = codes_of(x, True, 2.0**bits - 1.0, dtype, 0, search)
+            codes, scale, zero = codes_of(x, True, 2.0**bits - 1.0, dtype, 0, False)
         scale, zero = tl.reshape(scale, [channels]), tl.reshape(zero, [channels])
         tl.store(scales + channel, scale.to(dtype), mask=is_channel)
         tl.store(zeros + channel, zero.to(dtype), mask=is_channel)

@@ -63,48 +63,21 @@ def test_an_unknown_option_is_refused_even_with_another_cache_dtype(tmp_path):
         start(tmp_path, LLAMA, kv_cache_dtype="auto", additional_config={"kivi": {"groups": 1}})
 
 
-def configure(path, monkeypatch, kv_cache_dtype, options):
-    """The engine's configuration, and what the user is warned of when it is made."""
+def configure(path, kv_cache_dtype, options):
+    """The engine's configuration."""
     from vllm import EngineArgs
 
-    from vllm_kivi.backend import backend
-
     (path / "config.json").write_text(json.dumps(LLAMA))
-    seen: list[str] = []
-    monkeypatch.setattr(backend.logger, "warning_once", seen.append)
     arguments = {"kv_cache_dtype": kv_cache_dtype, "additional_config": {"kivi": options}, "dtype": "bfloat16"}
-    return EngineArgs(model=str(path), skip_tokenizer_init=True, **arguments).create_engine_config(), seen
-
-
-@pytest.mark.parametrize("kv_cache_dtype", ["kivi2", "kivi_k4v2", "kivi4", "kivi2_boost"])
-def test_a_search_without_sinks_is_warned_of(tmp_path, monkeypatch, kv_cache_dtype):
-    _, warned = configure(tmp_path, monkeypatch, kv_cache_dtype, {"sink_tokens": 0})
-    assert warned and all("scale_search without sink_tokens" in line for line in warned)
-
-
-@pytest.mark.parametrize(
-    ("kv_cache_dtype", "options"),
-    [
-        ("kivi2", {}),
-        ("kivi2", {"sink_tokens": 0, "scale_search": False}),
-        ("kivi2", {"sink_tokens": 0, "full_precision": True}),
-        ("kivi8", {"scale_search": True}),
-        ("auto", {"scale_search": True, "sink_tokens": 0}),
-    ],
-)
-def test_nothing_else_is_warned_of(tmp_path, monkeypatch, kv_cache_dtype, options):
-    assert not configure(tmp_path, monkeypatch, kv_cache_dtype, options)[1]
+    return EngineArgs(model=str(path), skip_tokenizer_init=True, **arguments).create_engine_config()
 
 
 @pytest.mark.parametrize(
     ("kv_cache_dtype", "options", "block_size"),
     [("kivi2", {}, 32), ("kivi2_boost", {}, 64), ("kivi2_boost", {"group_size": 128}, 128)],
 )
-def test_the_block_size_is_the_group_size_of_the_cache_dtype(
-    tmp_path, monkeypatch, kv_cache_dtype, options, block_size
-):
-    config, _ = configure(tmp_path, monkeypatch, kv_cache_dtype, options)
-    assert config.cache_config.block_size == block_size
+def test_the_block_size_is_the_group_size_of_the_cache_dtype(tmp_path, kv_cache_dtype, options, block_size):
+    assert configure(tmp_path, kv_cache_dtype, options).cache_config.block_size == block_size
 
 
 @pytest.mark.parametrize("block_size", [16, 48])

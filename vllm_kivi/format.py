@@ -124,7 +124,7 @@ class KVFormat:
         page_tokens: N, tokens of a quantized page; 0 means G.
         padded_page_bytes: what the pool gives a page where another layer's page is larger; 0 means no padding.
         full_precision: the bypass, same pages and code path with nothing quantized.
-        scale_search: scales and zeros are those of the narrower range that loses least; changes no offset.
+        scale_search: values' scales and zeros are those of the narrower range that loses least; changes no offset.
         rotate_values: values are rotated before they are quantized; changes no offset. False with full_precision, which
             quantizes nothing.
         boosted_fraction: one key channel in 4 or 8 has 4 bits; 0 means the preset's: none at all but in kivi2_boost.

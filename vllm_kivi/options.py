@@ -38,8 +38,8 @@ class KiviOptions:
         residual_length: R, the most recent tokens that are never read quantized; 0 or more.
         sink_tokens: first tokens of every request that are never read quantized; 0 or more.
         full_precision: keep pages and code path but quantize nothing: tells plumbing faults from quantization error.
-        scale_search: quantize each group for the narrower range that loses least, instead of for all of its range.
-            It needs sink_tokens: the outliers of a first token that all others attend to must not be clipped.
+        scale_search: quantize each group of values for the narrower range that loses least, instead of for all of its
+            range.
         rotate_values: quantize values after a Hadamard rotation, which spreads outliers over all channels.
         boosted_fraction: one key channel in 4 or in 8 has 4 bits; for kivi2_boost only.
     """

@@ -194,11 +194,6 @@ def check_config(vllm_config: VllmConfig) -> None:
         page_tokens=cache_config.block_size if cache_config.user_specified_block_size else 0,
     )
     cache_config.block_size = fmt.page_tokens
-    if fmt.scale_search and not fmt.sink_tokens and min(fmt.k_bits, fmt.v_bits) < 8 and not fmt.full_precision:
-        logger.warning_once(
-            "kivi: scale_search without sink_tokens clips the outliers of a first token that all others attend to; "
-            "set sink_tokens to 4, or scale_search to false"
-        )
     if _has_sliding_window(model_config) and "sliding_window" not in cache_config.kv_cache_dtype_skip_layers:
         cache_config.kv_cache_dtype_skip_layers = [*cache_config.kv_cache_dtype_skip_layers, "sliding_window"]
         logger.info("kivi: sliding-window layers keep their full-precision cache: they hold few tokens")

@@ -88,6 +88,8 @@ class FullPrecisionManager(SlidingWindowManager):
     ) -> int:
         stop = ceil(num_tokens / self.block_size)
         blocks = self.req_to_blocks.get(request_id, ())
+        if len(blocks) >= stop:
+            return 0  # most steps of decoding
         hits = [] if blocks else [b for b in new_computed_blocks if not b.is_null]
         evictable = self._get_num_evictable_blocks(hits)
         if apply_admission_cap:
@@ -114,8 +116,10 @@ class FullPrecisionManager(SlidingWindowManager):
         return new
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
-        self._step_start[request_id] = len(self.req_to_blocks[request_id])
-        stop = ceil(num_tokens / self.block_size)
+        stop, held = ceil(num_tokens / self.block_size), len(self.req_to_blocks[request_id])
+        if held >= stop:
+            return []  # most steps of decoding
+        self._step_start[request_id] = held
         self._step_blocks = self._extend(request_id, stop, self._first_kept(num_tokens_main_model))
         return self._step_blocks
 

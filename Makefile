@@ -22,7 +22,7 @@ MODEL := models/smollm2
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CXX_SOURCES := $(shell find csrc tests/emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-REQUIREMENTS := gguf hypothesis matplotlib ninja pytest 'setuptools>=77' tqdm
+REQUIREMENTS := gguf hypothesis matplotlib ninja pytest pytest-xdist 'setuptools>=77' tqdm
 ifeq ($(DEVICE),cuda)
 REQUIREMENTS += vllm==$(VLLM_VERSION)
 else
@@ -48,7 +48,7 @@ demo: $(BUILT) $(MODEL)/config.json
 	$(BIN)/python scripts/demo.py $(MODEL)
 
 test: $(BUILT) $(TASKS) $(MODEL)/config.json
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(LINTERS)
 	$(BIN)/ruff check .

@@ -10,7 +10,7 @@ namespace kivi::cuda {
 template <class T, int HEAD_DIM>
 const void* decode_kernel_for(const Layout& layout);
 
-// What is the same for both tiles of a step is worth kernels of its own where channels are boosted: 5 % of their time.
+// That the halves of a step share a tile is worth kernels of its own where channels are boosted: 5 % of their time.
 template <class T, int HEAD_DIM, int K_BITS, int V_BITS, int BOOST>
 const void* decode_kernel_of(const Layout& layout) {
   constexpr bool kMayHaveOneTile = BOOST > 0 && halves_at_once(HEAD_DIM, K_BITS) > 1;

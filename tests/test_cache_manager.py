@@ -192,3 +192,16 @@ def test_a_runner_leaves_the_block_table_alone():
     """vLLM 0.33 would put the null block below a sliding window, and with it over the sinks."""
     config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=MAX_MODEL_LEN), num_speculative_tokens=0)
     assert full_precision_spec(config, KVFormat("kivi2", 64, 3, "bfloat16", sink_tokens=4)).num_retained_tokens == 0
+
+
+def test_tokens_that_are_written_get_no_pages_when_they_are_cached_later():
+    """A prompt whose caching is delayed, as by KV connectors, then a token that needs no page."""
+    _, spec, manager, hasher, _ = make_manager()
+    request = new_request("a", list(range(351)), hasher)
+    stop = 350
+    assert stop % spec.block_size and spec.window_start(stop) > spec.window_start(stop // 96 * 96)
+    assert manager.allocate_slots(request, stop, delay_cache_blocks=True) is not None
+    request.num_computed_tokens = stop
+    before = [block.block_id for block in held(manager, request)[1]]
+    assert manager.allocate_slots(request, 1) is not None
+    assert [block.block_id for block in held(manager, request)[1]] == before

@@ -88,7 +88,7 @@ class FullPrecisionManager(SlidingWindowManager):
     ) -> int:
         stop = ceil(num_tokens / self.block_size)
         blocks = self.req_to_blocks.get(request_id, ())
-        if len(blocks) >= stop:
+        if len(blocks) >= stop and not apply_admission_cap:
             return 0  # most steps of decoding
         hits = [] if blocks else [b for b in new_computed_blocks if not b.is_null]
         evictable = self._get_num_evictable_blocks(hits)
@@ -117,8 +117,9 @@ class FullPrecisionManager(SlidingWindowManager):
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         stop, held = ceil(num_tokens / self.block_size), len(self.req_to_blocks[request_id])
-        if held >= stop:
-            return []  # most steps of decoding
+        if held >= stop:  # most steps of decoding
+            self._step_start.pop(request_id, None)  # of a step that was not cached: its tokens are written by now
+            return []
         self._step_start[request_id] = held
         self._step_blocks = self._extend(request_id, stop, self._first_kept(num_tokens_main_model))
         return self._step_blocks

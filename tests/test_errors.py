@@ -91,6 +91,12 @@ def test_bad_head_size(tmp_path):
         start(tmp_path, LLAMA | {"head_dim": 48})
 
 
+def test_a_model_of_sliding_windows_alone(tmp_path):
+    mistral = LLAMA | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 128}
+    with pytest.raises(ValueError, match="would quantize nothing: every attention layer of this model has a sliding"):
+        start(tmp_path, mistral)
+
+
 def test_unknown_cache_dtype_lists_ours(tmp_path):
     with pytest.raises(ValueError, match="kivi2"):
         start(tmp_path, LLAMA, kv_cache_dtype="kivi3")

@@ -23,10 +23,11 @@ RANKS = (
     {"backend"},
     {"plugin"},
     {"evaluate"},
+    {"plan"},
     {"cli"},
 )
 IMPORT_VLLM = {"backend", "plugin", "compat", "evaluate"}
-LIGHT = {"vllm_kivi", "format", "options", "plugin", "cli"}
+LIGHT = {"vllm_kivi", "format", "options", "plugin", "plan", "cli"}
 
 
 def module_of(path: Path) -> str:

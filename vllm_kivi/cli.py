@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +31,20 @@ def _share(text: str) -> float:
     value = float(text)
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
+    return value
+
+
+def _gib(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not 0 or more")
+    return value
+
+
+def _fraction(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in (0, 1]")
     return value
 
 
@@ -245,6 +260,73 @@ def _run_inspect(args: argparse.Namespace) -> str:
     return _finish(args, "inspect", report, inspection.table(report), heatmap.draw_layers)
 
 
+def _add_plan(commands: Any) -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="what fits: bytes, requests and tokens of every cache dtype, from config.json alone",
+        description="Count the KV cache of a model in every cache dtype, from its config.json: bytes of a token and of "
+        "a request, how many such requests fit on the GPU, and how much smaller that is than the model's own cache "
+        "(auto), by length. Nothing is downloaded, and no engine is started.",
+    )
+    parser.add_argument(
+        "model", help="a folder with config.json, a config.json, or a name in the cache of transformers"
+    )
+    parser.add_argument(
+        "--kv-cache-dtype",
+        action="append",
+        default=[],
+        dest="kv_cache_dtypes",
+        metavar="NAME[:OPTION=VALUE,...]",
+        help="only this next to auto, with options as for vllm-kivi eval; repeat for several (default: fp8 and all of "
+        "the plugin's)",
+    )
+    parser.add_argument(
+        "--context", type=_positive, default=32768, help="tokens of a request, prompt and answer (default %(default)s)"
+    )
+    parser.add_argument("--gpu-memory", type=_gib, default=80.0, metavar="GIB", help="of a GPU (default %(default)g)")
+    parser.add_argument(
+        "--gpu-memory-utilization", type=_fraction, default=0.9, help="as for vllm serve (default %(default)s)"
+    )
+    parser.add_argument(
+        "--weights-gib",
+        type=_gib,
+        metavar="GIB",
+        help="all weights (default: the safetensors files beside config.json, else the parameters of the model)",
+    )
+    parser.add_argument(
+        "--reserve-gib",
+        type=_gib,
+        default=4.0,
+        metavar="GIB",
+        help="of each GPU for activations, CUDA graphs and CUDA itself, which vLLM measures: an assumption (default "
+        "%(default)g)",
+    )
+    for name in ("tensor", "pipeline"):
+        parser.add_argument(
+            f"--{name}-parallel-size", type=_positive, default=1, help="as for vllm serve (default %(default)s)"
+        )
+    parser.add_argument(
+        "--block-size",
+        type=_positive,
+        help="as for vllm serve (default: the plugin's group_size, and 16 for auto and fp8, as on GPUs)",
+    )
+    parser.add_argument(
+        "--max-num-batched-tokens",
+        type=_positive,
+        default=8192,
+        help="as for vllm serve; counts where layers have sliding windows (default %(default)s)",
+    )
+    _add_common(parser)
+    parser.set_defaults(run=_run_plan)
+
+
+def _run_plan(args: argparse.Namespace) -> str:
+    from vllm_kivi import plan
+
+    report = plan.run(_settings(plan.Settings, args))
+    return _finish(args, "plan", report, plan.table(report), plan.draw)
+
+
 def _settings(kind: Any, args: argparse.Namespace) -> Any:
     """Settings of this kind from the options of the same names; lists become tuples."""
     values = {name: getattr(args, name) for name in kind.__dataclass_fields__}
@@ -277,6 +359,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_retrieval(measures, "needle", "a sentence")
     _add_tasks(measures)
     _add_inspect(commands)
+    _add_plan(commands)
     return parser
 
 

@@ -51,7 +51,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
@@ -108,6 +108,43 @@ def _round_up(value: int, multiple: int) -> int:
 def _check(name: str, value: object, accepted: tuple) -> None:
     if value not in accepted:
         raise ValueError(f"kivi: {name}={value!r} is not supported; accepted: {', '.join(map(str, accepted))}")
+
+
+def check_model(preset: str, head_dim: int, *, mla: bool, encoder_decoder: bool, all_sliding: bool) -> None:
+    """Refuse a model whose cache cannot be quantized. `all_sliding`: every attention layer has a sliding window.
+
+    Raises:
+        ValueError: says what to use instead.
+    """
+    flag = f"kivi: --kv-cache-dtype {preset}"
+    if mla:
+        raise ValueError(f"{flag} does not support MLA models; use --kv-cache-dtype auto or fp8")
+    if encoder_decoder:
+        raise ValueError(f"{flag} does not support encoder-decoder models; use --kv-cache-dtype auto")
+    if head_dim not in HEAD_DIMS:
+        accepted = ", ".join(map(str, HEAD_DIMS))
+        raise ValueError(f"{flag} does not support head size {head_dim}; accepted: {accepted}; use auto or fp8")
+    if all_sliding:
+        raise ValueError(
+            f"{flag} would quantize nothing: every attention layer of this model has a sliding window, and these keep "
+            "their cache as it is, because they hold few tokens; use auto or fp8"
+        )
+
+
+def window_pages(
+    num_tokens: int,
+    page_tokens: int,
+    *,
+    group_size: int,
+    residual_length: int,
+    sink_tokens: int,
+    num_speculative_tokens: int,
+) -> int:
+    """Most full-precision pages of `page_tokens` tokens that a request of `num_tokens` tokens holds between steps."""
+    window = residual_length + group_size + num_speculative_tokens
+    # One more, because a window need not start where a page does.
+    pages = math.ceil(window / page_tokens) + 1 + math.ceil(sink_tokens / page_tokens)
+    return min(pages, math.ceil(num_tokens / page_tokens))
 
 
 @dataclass(frozen=True)
@@ -287,6 +324,26 @@ class KVFormat:
     def boundary(self, num_tokens: int) -> int:
         """Tokens below it are read from quantized pages when a request has `num_tokens` tokens (sinks apart)."""
         return max(0, (num_tokens - self.residual_length) // self.group_size * self.group_size)
+
+    def window_pages(self, num_tokens: int, num_speculative_tokens: int = 0) -> int:
+        """Most full-precision pages that a request of `num_tokens` tokens holds between steps."""
+        return window_pages(
+            num_tokens,
+            self.full_page_tokens,
+            group_size=self.group_size,
+            residual_length=self.residual_length,
+            sink_tokens=self.sink_tokens,
+            num_speculative_tokens=num_speculative_tokens,
+        )
+
+    def beside_full_precision(self) -> KVFormat:
+        """The format where layers that stay in full precision share the pool, with pages of as many tokens as these.
+
+        vLLM makes all pages equal, so a quantized page is filled with as many tokens as the larger page holds.
+        """
+        page_bytes = self.num_kv_heads * self.page_tokens * self.full_token_bytes
+        page_tokens = self.page_tokens * self.full_token_bytes // self.token_bytes // self.group_size * self.group_size
+        return replace(self, page_tokens=page_tokens, padded_page_bytes=page_bytes)
 
     def layout(self) -> list[int]:
         """What the ops take: one integer per name in LAYOUT_FIELDS."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from vllm.logger import init_logger
@@ -12,7 +12,7 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionType, MultipleO
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheLayout
 
 from vllm_kivi.backend.heuristics import check_device
-from vllm_kivi.format import HEAD_DIMS, PRESETS, KVFormat
+from vllm_kivi.format import HEAD_DIMS, PRESETS, KVFormat, check_model
 from vllm_kivi.options import KiviOptions
 
 if TYPE_CHECKING:
@@ -98,10 +98,7 @@ def layer_format(vllm_config: VllmConfig, preset: str, head_dim: int, num_kv_hea
     own = options.format(preset, head_dim, num_kv_heads, dtype, page_tokens=block_size)
     if not vllm_config.cache_config.kv_cache_dtype_skip_layers:
         return own
-    # Layers left in full precision share the pool, and vLLM makes all pages equal: fill their page with our tokens.
-    page_bytes = block_size * num_kv_heads * own.full_token_bytes
-    page_tokens = block_size * own.full_token_bytes // own.token_bytes // own.group_size * own.group_size
-    return options.format(preset, head_dim, num_kv_heads, dtype, page_tokens=page_tokens, padded_page_bytes=page_bytes)
+    return own.beside_full_precision()
 
 
 def full_precision_spec(vllm_config: VllmConfig, fmt: KVFormat) -> FullPrecisionSpec:
@@ -170,16 +167,17 @@ def check_config(vllm_config: VllmConfig) -> None:
     flag = f"kivi: --kv-cache-dtype {dtype}"
     if model_config is None:
         return
-    if model_config.use_mla:
-        raise ValueError(f"{flag} does not support MLA models; use --kv-cache-dtype auto or fp8")
-    if model_config.is_encoder_decoder:
-        raise ValueError(f"{flag} does not support encoder-decoder models; use --kv-cache-dtype auto")
+    head_size = model_config.get_head_size()
+    sliding = _sliding_layers(model_config)
+    check_model(
+        dtype,
+        head_size,
+        mla=model_config.use_mla,
+        encoder_decoder=model_config.is_encoder_decoder,
+        all_sliding=sliding == "all",
+    )
     model_dtype = str(model_config.dtype).removeprefix("torch.")
     check_device(flag, model_dtype)
-    head_size = model_config.get_head_size()
-    if head_size not in HEAD_DIMS:
-        accepted = ", ".join(map(str, HEAD_DIMS))
-        raise ValueError(f"{flag} does not support head size {head_size}; accepted: {accepted}; use auto or fp8")
     if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         raise ValueError(f"{flag} needs vLLM's hybrid KV cache manager; remove --disable-hybrid-kv-cache-manager")
     parallel = vllm_config.parallel_config
@@ -194,7 +192,7 @@ def check_config(vllm_config: VllmConfig) -> None:
         page_tokens=cache_config.block_size if cache_config.user_specified_block_size else 0,
     )
     cache_config.block_size = fmt.page_tokens
-    if _has_sliding_window(model_config) and "sliding_window" not in cache_config.kv_cache_dtype_skip_layers:
+    if sliding == "some" and "sliding_window" not in cache_config.kv_cache_dtype_skip_layers:
         cache_config.kv_cache_dtype_skip_layers = [*cache_config.kv_cache_dtype_skip_layers, "sliding_window"]
         logger.info("kivi: sliding-window layers keep their full-precision cache: they hold few tokens")
     from vllm_kivi.backend import metrics  # imports vLLM's stat loggers, which not every process needs
@@ -202,6 +200,9 @@ def check_config(vllm_config: VllmConfig) -> None:
     metrics.add_stat_logger()
 
 
-def _has_sliding_window(model_config: Any) -> bool:
+def _sliding_layers(model_config: Any) -> Literal["none", "some", "all"]:
+    """Which attention layers have a sliding window."""
     layer_types = getattr(model_config.hf_text_config, "layer_types", None) or ()
-    return model_config.get_sliding_window() is not None or "sliding_attention" in layer_types
+    if model_config.get_sliding_window() is None and "sliding_attention" not in layer_types:
+        return "none"
+    return "some" if any(kind != "sliding_attention" for kind in layer_types) else "all"

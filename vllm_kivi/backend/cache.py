@@ -26,6 +26,8 @@ from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
 
+from vllm_kivi.format import window_pages
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.attention.backend import AttentionBackend
@@ -333,8 +335,14 @@ class FullPrecisionSpec(SlidingWindowSpec):
 
     def window_blocks(self, max_model_len: int) -> int:
         """Most blocks that one request holds between steps."""
-        tokens = self.residual_length + self.group_size + self.num_speculative_tokens
-        return min(ceil(tokens / self.block_size) + 1 + self.sink_blocks, ceil(max_model_len / self.block_size))
+        return window_pages(
+            max_model_len,
+            self.block_size,
+            group_size=self.group_size,
+            residual_length=self.residual_length,
+            sink_tokens=self.sink_tokens,
+            num_speculative_tokens=self.num_speculative_tokens,
+        )
 
     def peak_blocks(self, max_model_len: int) -> int:
         """Most blocks that one request holds in a step: the window before a chunk and the one after it."""

@@ -180,6 +180,32 @@ def _remember_runner(runner_cls: Any, method: str, lengths: _PromptLengths) -> N
     setattr(runner_cls, method, remembering)
 
 
+def give_draft_models_their_pages() -> None:
+    """Hand a draft model the block table of its own layers.
+
+    Why: the first model runner hands it that of the first cache group, which here holds quantized pages; other drafters
+    get theirs. How: replace it in what _build_attention_metadata returns; called by a metadata builder, as above.
+    Remove when the runner asks for a DraftModelProposer's kv_cache_gid too.
+    """
+    module = sys.modules.get("vllm.v1.worker.gpu_model_runner")
+    if module is None or getattr(module.GPUModelRunner, "_kivi_drafts", False):
+        return
+    stock = module.GPUModelRunner._build_attention_metadata
+
+    @functools.wraps(stock)
+    def with_own_pages(self: Any, *args: Any, **kwargs: Any) -> Any:
+        metadata, common = stock(self, *args, **kwargs)
+        drafter = getattr(self, "drafter", None)
+        if common is not None and isinstance(drafter, module.DraftModelProposer) and drafter.kv_cache_gid > 0:
+            table = self.input_batch.block_table[drafter.kv_cache_gid]
+            common.block_table_tensor = table.get_device_tensor(common.num_reqs)
+            common.slot_mapping = table.slot_mapping.gpu[: len(common.slot_mapping)]
+        return metadata, common
+
+    module.GPUModelRunner._build_attention_metadata = with_own_pages
+    module.GPUModelRunner._kivi_drafts = True
+
+
 def num_prompt_tokens(common: CommonAttentionMetadata) -> torch.Tensor | None:
     """int32 [num_reqs] on the CPU: where each request's prompt ends. None where it is unknown, as in a drafter's batch
     or in a graph's capture."""

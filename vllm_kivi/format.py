@@ -336,14 +336,19 @@ class KVFormat:
             num_speculative_tokens=num_speculative_tokens,
         )
 
-    def beside_full_precision(self) -> KVFormat:
-        """The format where layers that stay in full precision share the pool, with pages of as many tokens as these.
+    def beside(self, page_bytes: int) -> KVFormat:
+        """The format where other layers share the pool, with pages of so many bytes.
 
         vLLM makes all pages equal, so a quantized page is filled with as many tokens as the larger page holds.
         """
-        page_bytes = self.num_kv_heads * self.page_tokens * self.full_token_bytes
-        page_tokens = self.page_tokens * self.full_token_bytes // self.token_bytes // self.group_size * self.group_size
+        if page_bytes <= self.padded_page_bytes:
+            return self
+        page_tokens = page_bytes // self.num_kv_heads // self.token_bytes // self.group_size * self.group_size
         return replace(self, page_tokens=page_tokens, padded_page_bytes=page_bytes)
+
+    def beside_full_precision(self) -> KVFormat:
+        """The format where layers like these that stay in full precision share the pool."""
+        return self.beside(self.num_kv_heads * self.page_tokens * self.full_token_bytes)
 
     def layout(self) -> list[int]:
         """What the ops take: one integer per name in LAYOUT_FIELDS."""

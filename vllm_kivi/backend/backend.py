@@ -95,10 +95,20 @@ def layer_format(vllm_config: VllmConfig, preset: str, head_dim: int, num_kv_hea
     options = KiviOptions.from_additional_config(vllm_config.additional_config)
     dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
     block_size = vllm_config.cache_config.block_size
-    own = options.format(preset, head_dim, num_kv_heads, dtype, page_tokens=block_size)
-    if not vllm_config.cache_config.kv_cache_dtype_skip_layers:
-        return own
-    return own.beside_full_precision()
+    fmt = options.format(preset, head_dim, num_kv_heads, dtype, page_tokens=block_size)
+    if vllm_config.cache_config.kv_cache_dtype_skip_layers:
+        fmt = fmt.beside_full_precision()
+    if _has_draft_layers(vllm_config.speculative_config):
+        fmt = fmt.beside(_draft_page_bytes(vllm_config))
+    return fmt
+
+
+def _draft_page_bytes(vllm_config: VllmConfig) -> int:
+    """Bytes of a page of the drafter's layers, which stay in full precision."""
+    speculative = vllm_config.speculative_config
+    model = speculative.draft_model_config
+    heads = model.get_num_kv_heads(speculative.draft_parallel_config)
+    return vllm_config.cache_config.block_size * heads * 2 * model.get_head_size() * model.dtype.itemsize
 
 
 def full_precision_spec(vllm_config: VllmConfig, fmt: KVFormat) -> FullPrecisionSpec:
@@ -195,6 +205,16 @@ def check_config(vllm_config: VllmConfig) -> None:
     if sliding == "some" and "sliding_window" not in cache_config.kv_cache_dtype_skip_layers:
         cache_config.kv_cache_dtype_skip_layers = [*cache_config.kv_cache_dtype_skip_layers, "sliding_window"]
         logger.info("kivi: sliding-window layers keep their full-precision cache: they hold few tokens")
+    speculative = vllm_config.speculative_config
+    if _has_draft_layers(speculative):
+        if speculative.kv_cache_dtype in PRESETS:
+            raise ValueError(
+                f"kivi: kv_cache_dtype {speculative.kv_cache_dtype} of --speculative-config is not supported: drafters "
+                "keep their full-precision cache; leave it out, or use auto or fp8"
+            )
+        if speculative.kv_cache_dtype is None:
+            speculative.kv_cache_dtype = "auto"
+            logger.info("kivi: the drafter's layers keep their full-precision cache")
     from vllm_kivi.backend import metrics  # imports vLLM's stat loggers, which not every process needs
 
     metrics.add_stat_logger()
@@ -206,3 +226,14 @@ def _sliding_layers(model_config: Any) -> Literal["none", "some", "all"]:
     if model_config.get_sliding_window() is None and "sliding_attention" not in layer_types:
         return "none"
     return "some" if any(kind != "sliding_attention" for kind in layer_types) else "all"
+
+
+def _has_draft_layers(speculative: Any) -> bool:
+    """Whether something drafts that has attention layers of its own."""
+    return speculative is not None and speculative.method not in (
+        "ngram",
+        "ngram_gpu",
+        "suffix",
+        "medusa",
+        "mlp_speculator",
+    )

@@ -77,17 +77,19 @@ class KiviImpl(AttentionImpl[KiviMetadata]):
         layers[self.full_precision_name] = self.full_precision_layer
         self._layout = fmt.layout()
         if self._flash_attention is not None:
-            self._prepare_gpu(fmt, self._flash_attention)
+            self._prepare_gpu(layer, fmt, self._flash_attention)
         _log_once(self._vllm_config, fmt)
         self._vllm_config = None
 
-    def _prepare_gpu(self, fmt: KVFormat, flash_attention: Callable[..., Any]) -> None:
+    def _prepare_gpu(self, layer: torch.nn.Module, fmt: KVFormat, flash_attention: Callable[..., Any]) -> None:
         """Take all memory that steps need now: before vLLM measures what is left for the cache, and before it captures
         graphs."""
         where = device()
         self._workspace = shared(
             ("decode", tuple(self._layout), where), lambda: ops.decode_workspace(self._layout, where)
         )
+        # It is zero between calls and must still be so after a sleep of level 2, from which only buffers come back.
+        layer.register_buffer("kivi_workspace", self._workspace.tensors, persistent=False)
         self._gpu_prefill = GpuPrefill(fmt, self.scale, self.logits_soft_cap, flash_attention, where)
 
     def forward(

@@ -54,6 +54,7 @@ class KiviMetadataBuilder(AttentionMetadataBuilder[KiviMetadata]):
         # Draft tokens are a few more rows of a decode.
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         compat.expose_prompt_lengths()
+        compat.give_draft_models_their_pages()
         # Impls take all but the block table from the quantized pages' metadata.
         self._plans_prefill = on_gpu() and not isinstance(kv_cache_spec, FullPrecisionSpec)
         backend: Any = vllm_config.compilation_config.static_forward_context[layer_names[0]].get_attn_backend()

@@ -54,11 +54,13 @@ def engine(model: Path, kv_cache_dtype: str = "kivi2", **overrides: Any) -> Iter
     from vllm.distributed import cleanup_dist_env_and_memory
 
     in_process = {"enforce_eager": True, "distributed_executor_backend": "uni", "kv_cache_dtype": kv_cache_dtype}
-    llm = LLM(str(model), **(PROCESS_SETTINGS | in_process | overrides))
+    llm = None
     try:
+        llm = LLM(str(model), **(PROCESS_SETTINGS | in_process | overrides))
         yield llm
     finally:
-        llm.llm_engine.engine_core.shutdown()
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
         del llm
         cleanup_dist_env_and_memory()
 

@@ -28,28 +28,24 @@ def test_a_cache_dtype_is_bytes_of_no_known_mode():
         assert KVQuantMode.CUSTOM.is_octave
 
 
-@pytest.mark.parametrize("specified", [False, True])
-def test_vllm_keeps_our_block_size(monkeypatch, specified):
-    """Layers are made for it before vLLM asks backends what they prefer."""
+def test_vllm_keeps_our_block_size(monkeypatch):
+    """Layers are made for it before vLLM asks backends what they prefer; other caches get what they always got."""
     from vllm.platforms import current_platform
 
-    seen = []
+    stock, ours = [], []
 
     class Fake(type(current_platform)):
         @classmethod
         def update_block_size_for_backend(cls, config):
-            seen.append((config.cache_config.user_specified_block_size, config.cache_config.kv_cache_dtype_skip_layers))
+            stock.append(config)
 
     Fake._kivi = False
     monkeypatch.setattr("vllm.platforms._current_platform", Fake())
-    compat.extend_platform(lambda dtype: dtype in PRESETS, lambda config: "", lambda config: None)
-    for dtype, expected in (("kivi2", (True, [])), ("auto", (specified, ["0"]))):
-        cache = SimpleNamespace(
-            cache_dtype=dtype, block_size=32, user_specified_block_size=specified, kv_cache_dtype_skip_layers=["0"]
-        )
-        Fake.update_block_size_for_backend(SimpleNamespace(cache_config=cache))
-        assert seen.pop() == expected
-        assert (cache.user_specified_block_size, cache.kv_cache_dtype_skip_layers) == (specified, ["0"])
+    compat.extend_platform(lambda dtype: dtype in PRESETS, lambda config: "", lambda config: None, ours.append)
+    for dtype, called, other in (("kivi2", ours, stock), ("auto", stock, ours)):
+        config = SimpleNamespace(cache_config=SimpleNamespace(cache_dtype=dtype))
+        Fake.update_block_size_for_backend(config)
+        assert called.pop() is config and not other
 
 
 def test_prompt_lengths_are_known_while_a_runner_builds(monkeypatch):

@@ -19,6 +19,8 @@ from vllm_kivi.options import PUBLISHED
 
 SMOLLM2 = Path(__file__).parent.parent / "models" / "smollm2"
 PROMPTS = [prompt(40, 1), prompt(700, 2)]
+TEXT = Path(__file__).parent / "data" / "persuasion.txt"
+PASSAGES = ((0, 150), (300, 300), (0, 60))  # of the text: where, and how many tokens
 # Of two ranges that lose the same, a search takes the other one for a difference of one rounding.
 UNSEARCHED = {"additional_config": {"kivi": PUBLISHED}}
 
@@ -26,13 +28,18 @@ UNSEARCHED = {"additional_config": {"kivi": PUBLISHED}}
 SCRIPT = """
 import json, sys
 def main():
-    from engines import PROCESS_SETTINGS, generate, logprobs, prompt, tokens
+    from engines import PROCESS_SETTINGS, generate, logprobs, tokens
     from vllm import LLM
-    model, overrides, out = sys.argv[1:]
-    llm = LLM(model, **PROCESS_SETTINGS, **json.loads(overrides))
-    outputs = generate(llm, [prompt(40, 1), prompt(700, 2)])
+    model, given, out = sys.argv[1:]
+    with open(given) as f:
+        overrides, prompts, max_tokens = json.load(f)
+    llm = LLM(model, **(PROCESS_SETTINGS | overrides))
+    outputs = generate(llm, prompts, max_tokens=max_tokens)
+    metrics = {} if llm.llm_engine.log_stats is False else {
+        m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")
+    }
     with open(out, "w") as f:
-        json.dump([[tokens(o), logprobs(o).tolist()] for o in outputs], f)
+        json.dump([metrics, [[tokens(o), logprobs(o).tolist()] for o in outputs]], f)
 if __name__ == "__main__":
     main()
 """
@@ -56,23 +63,54 @@ def environment(**changes: str) -> dict[str, str]:
     )
 
 
+def run_elsewhere(
+    folder: Path, model: Path, overrides: dict, prompts: list[list[int]], max_tokens: int = 32, **changes: str
+) -> tuple[dict[str, float], list[tuple[list[int], torch.Tensor]]]:
+    """Metrics, and tokens and their logprobs of each prompt, out of an engine in processes of its own."""
+    script, given, out = folder / "run.py", folder / "given.json", folder / "out.json"
+    script.write_text(SCRIPT)
+    given.write_text(json.dumps([overrides, prompts, max_tokens]))
+    command = [sys.executable, str(script), str(model), str(given), str(out)]
+    done = subprocess.run(command, env=environment(**changes), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    metrics, outputs = json.loads(out.read_text())
+    return metrics, [(chosen, torch.tensor(scores)) for chosen, scores in outputs]
+
+
 @pytest.mark.parametrize(
     ("overrides", "changes"),
     [
         ({"enforce_eager": True, "tensor_parallel_size": 2}, {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}),
+        # vLLM 0.32 has buffers between stages only after torch.compile's warm-up, on a CPU.
+        ({"enforce_eager": False, "pipeline_parallel_size": 2}, {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}),
         ({"enforce_eager": False}, {}),
     ],
-    ids=["tensor parallel 2", "torch.compile"],
+    ids=["tensor parallel 2", "pipeline parallel 2", "torch.compile"],
 )
 def test_other_processes_give_the_same_tokens(model, expected, tmp_path, overrides, changes):
-    script, out = tmp_path / "run.py", tmp_path / "out.json"
-    script.write_text(SCRIPT)
-    command = [sys.executable, str(script), str(model), json.dumps(overrides | UNSEARCHED), str(out)]
-    done = subprocess.run(command, env=environment(**changes), capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]
-    for (actual, scores), wanted in zip(json.loads(out.read_text()), expected, strict=True):
+    _, outputs = run_elsewhere(tmp_path, model, overrides | UNSEARCHED, PROMPTS, **changes)
+    for (actual, scores), wanted in zip(outputs, expected, strict=True):
         assert actual == tokens(wanted)
-        torch.testing.assert_close(torch.tensor(scores), logprobs(wanted), atol=1e-3, rtol=0)
+        torch.testing.assert_close(scores, logprobs(wanted), atol=1e-3, rtol=0)
+
+
+def test_ngram_speculation_changes_nothing(tmp_path):
+    """A real model that copies out of a quantized context. In processes of its own: it loads numba, after which no
+    other engine starts in that process on a CPU (vLLM 0.32 looks into every module, and stumbles over numba's)."""
+    from transformers import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(SMOLLM2).encode(TEXT.read_text(encoding="utf-8")[20000:26000])
+    prompts = [(ids[start : start + length] * 3)[: 2 * length + 40] for start, length in PASSAGES]
+    speculative = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 2}
+    with engine(SMOLLM2, kv_cache_memory_bytes=256 << 20) as llm:
+        expected = generate(llm, prompts, max_tokens=60)
+    settings = {"enforce_eager": True, "disable_log_stats": False, "kv_cache_memory_bytes": 256 << 20}
+    metrics, outputs = run_elsewhere(tmp_path, SMOLLM2, settings | {"speculative_config": speculative}, prompts, 60)
+    drafted, accepted = (metrics[f"vllm:spec_decode_num_{name}_tokens"] for name in ("draft", "accepted"))
+    assert 40 < accepted < drafted
+    for (actual, scores), wanted in zip(outputs, expected, strict=True):
+        assert actual == tokens(wanted)
+        torch.testing.assert_close(scores, logprobs(wanted), atol=2e-2, rtol=0)
 
 
 def test_lora_is_untouched(model, tmp_path):

@@ -91,6 +91,7 @@ def extend_platform(
     is_ours: Callable[[str | None], bool],
     select: Callable[[Any], str],
     check_config: Callable[[VllmConfig], None],
+    finish_pages: Callable[[VllmConfig], None],
 ) -> None:
     """Let the platform choose our backend for our cache dtypes, and check the configuration.
 
@@ -119,16 +120,11 @@ def extend_platform(
         check_config(vllm_config)
 
     def update_block_size_for_backend(cls: Any, vllm_config: VllmConfig) -> None:
-        cache_config = vllm_config.cache_config
-        if not is_ours(cache_config.cache_dtype):
+        if not is_ours(vllm_config.cache_config.cache_dtype):
             return stock_block_size(cls, vllm_config)
-        # Stock code prefers a size of its own to the one that check_config chose and layers were made for. And it grows
-        # the block until a quantized page covers a skipped layer's page of as many tokens, which a format that is no
-        # power of two smaller never does: our specs make the pages equal by themselves.
-        skipped, specified = cache_config.kv_cache_dtype_skip_layers, cache_config.user_specified_block_size
-        cache_config.kv_cache_dtype_skip_layers, cache_config.user_specified_block_size = [], True
-        stock_block_size(cls, vllm_config)
-        cache_config.kv_cache_dtype_skip_layers, cache_config.user_specified_block_size = skipped, specified
+        # Stock code prefers a size of its own to the one that layers were made for, and makes pages equal by the bytes
+        # of one token, which our pages are no multiple of.
+        finish_pages(vllm_config)
 
     platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
     platform.check_and_update_config = classmethod(check_and_update_config)

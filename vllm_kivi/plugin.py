@@ -20,4 +20,4 @@ def register() -> None:
     if backend.NAME not in AttentionBackendEnum.__members__:
         cls = backend.KiviAttentionBackend
         register_backend(backend.NAME, f"{cls.__module__}.{cls.__qualname__}")
-    compat.extend_platform(lambda dtype: dtype in PRESETS, backend.select, backend.check_config)
+    compat.extend_platform(lambda dtype: dtype in PRESETS, backend.select, backend.check_config, backend.finish_pages)

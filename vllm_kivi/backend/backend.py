@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from math import ceil
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -94,18 +95,60 @@ def layer_format(vllm_config: VllmConfig, preset: str, head_dim: int, num_kv_hea
     """The byte map of a layer in this engine."""
     options = KiviOptions.from_additional_config(vllm_config.additional_config)
     dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
-    block_size = vllm_config.cache_config.block_size
-    fmt = options.format(preset, head_dim, num_kv_heads, dtype, page_tokens=block_size)
-    if vllm_config.cache_config.kv_cache_dtype_skip_layers:
+    cache_config = vllm_config.cache_config
+    fmt = options.format(preset, head_dim, num_kv_heads, dtype, page_tokens=cache_config.block_size)
+    skips_layers = bool(cache_config.kv_cache_dtype_skip_layers)
+    token_bytes = num_kv_heads * (fmt.full_token_bytes if skips_layers else fmt.token_bytes)
+    # As in stock vLLM, the page that holds a Mamba layer's state of a request is as large as the others.
+    least = ceil(_mamba_state_bytes(vllm_config) / (token_bytes * fmt.group_size)) * fmt.group_size
+    if cache_config.block_size < least:
+        cache_config.block_size = least
+        fmt = replace(fmt, page_tokens=least, padded_page_bytes=0)
+    if skips_layers:
         fmt = fmt.beside_full_precision()
     if _has_draft_layers(vllm_config.speculative_config):
         fmt = fmt.beside(_draft_page_bytes(vllm_config))
     return fmt
 
 
+def _mamba_state_bytes(vllm_config: VllmConfig) -> int:
+    """What a Mamba or linear-attention layer of this model keeps of a request; 0 if it has none."""
+    from vllm.model_executor.layers.mamba.abstract import MambaBase
+
+    layers = vllm_config.compilation_config.static_forward_context.values()
+    specs: list[Any] = [layer.get_kv_cache_spec(vllm_config) for layer in layers if isinstance(layer, MambaBase)]
+    return max((replace(spec, page_size_padded=None).page_size_bytes for spec in specs if spec), default=0)
+
+
+def finish_pages(vllm_config: VllmConfig) -> None:
+    """When all layers have their byte maps: give the states of Mamba layers pages of the same size.
+
+    Raises:
+        ValueError: no layer is quantized.
+    """
+    from vllm.model_executor.layers.attention import Attention
+
+    cache_config = vllm_config.cache_config
+    layers = vllm_config.compilation_config.static_forward_context.values()
+    backends = [layer.attn_backend for layer in layers if isinstance(layer, Attention)]
+    formats = [backend.kv_format for backend in backends if issubclass(backend, KiviAttentionBackend)]
+    if not formats:
+        if vllm_config.parallel_config.pipeline_parallel_size == 1:
+            raise ValueError(
+                f"kivi: --kv-cache-dtype {cache_config.cache_dtype} quantizes no layer of this model: all have sliding "
+                "windows or are in --kv-cache-dtype-skip-layers; use auto or fp8"
+            )
+    elif _mamba_state_bytes(vllm_config):
+        fmt = formats[0]
+        assert fmt is not None
+        cache_config.mamba_page_size_padded = fmt.padded_page_bytes
+        if cache_config.mamba_cache_mode == "align":
+            cache_config.mamba_block_size = cache_config.block_size
+
+
 def _draft_page_bytes(vllm_config: VllmConfig) -> int:
     """Bytes of a page of the drafter's layers, which stay in full precision."""
-    speculative = vllm_config.speculative_config
+    speculative: Any = vllm_config.speculative_config
     model = speculative.draft_model_config
     heads = model.get_num_kv_heads(speculative.draft_parallel_config)
     return vllm_config.cache_config.block_size * heads * 2 * model.get_head_size() * model.dtype.itemsize
@@ -205,7 +248,7 @@ def check_config(vllm_config: VllmConfig) -> None:
     if sliding == "some" and "sliding_window" not in cache_config.kv_cache_dtype_skip_layers:
         cache_config.kv_cache_dtype_skip_layers = [*cache_config.kv_cache_dtype_skip_layers, "sliding_window"]
         logger.info("kivi: sliding-window layers keep their full-precision cache: they hold few tokens")
-    speculative = vllm_config.speculative_config
+    speculative: Any = vllm_config.speculative_config
     if _has_draft_layers(speculative):
         if speculative.kv_cache_dtype in PRESETS:
             raise ValueError(

@@ -43,8 +43,11 @@ class KiviImpl(AttentionImpl[KiviMetadata]):
         logits_soft_cap: float | None = None,
         attn_type: str = AttentionType.DECODER,
         kv_sharing_target_layer_name: str | None = None,
+        **features: Any,
     ) -> None:
+        # A few models name further features in every layer, None where a layer does without (Granite: sinks).
         for feature, used in (
+            *((f"the attention feature {name!r}", value is not None) for name, value in features.items()),
             ("ALiBi", alibi_slopes is not None),
             ("sliding windows", sliding_window is not None),
             ("layers that share another layer's KV cache", kv_sharing_target_layer_name is not None),
@@ -68,6 +71,12 @@ class KiviImpl(AttentionImpl[KiviMetadata]):
             return  # Weights were reloaded.
         layers = self._vllm_config.compilation_config.static_forward_context
         name, layer = next((n, x) for n, x in layers.items() if getattr(x, "impl", None) is self)
+        if type(layer) is not Attention or layer.head_size_v != layer.head_size:
+            # Pages or masks of its own, which ours would replace.
+            what = "values of another size than keys" if type(layer) is Attention else type(layer).__name__
+            raise ValueError(
+                f"kivi: --kv-cache-dtype {self.kv_cache_dtype} does not support {what} (layer {name}); use auto or fp8"
+            )
         fmt = layer_format(self._vllm_config, self.kv_cache_dtype, self.head_size, self.num_kv_heads)
         layer.attn_backend = KiviAttentionBackend.bind(fmt)
         self.full_precision_name = name + FULL_PRECISION_SUFFIX

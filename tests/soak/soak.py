@@ -35,7 +35,7 @@ from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 
 from soak.journal import Journal
-from soak.replay import Finished, Replayer, chosen, prompt_logprobs
+from soak.replay import FLIP, Finished, Replayer, chosen, prompt_logprobs
 from soak.workload import EOS, HEAD_DIM, KV_HEADS, MAX_MODEL_LEN, MOST_OUTPUT, VOCAB, Job, Workload, random_engine
 
 SAMPLE = 6  # requests of every kind that an engine replays
@@ -59,8 +59,6 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}
 GROWTH_MB = 128
 # What Python may keep of an engine that is closed; a single request with its blocks is more.
 GROWTH_OBJECTS = 500
-
-
 # Steps in which some request must end: several times what the longest takes in the smallest chunks.
 STUCK = 1000
 
@@ -218,7 +216,7 @@ class Soak:
                     kept[rng.randrange(SAMPLE)] = finished
 
     def _replay(self) -> None:
-        replayer = Replayer(self.llm_engine, self.journal, TOLERANCE[self.dtype])
+        replayer = Replayer(self.llm_engine, self.journal, TOLERANCE[self.dtype], FLIP[self.dtype])
         for kind, kept in self.sample.items():
             for finished in kept:
                 verdict = replayer.replay(finished)

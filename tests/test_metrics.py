@@ -10,6 +10,7 @@ from prometheus_client import REGISTRY, generate_latest
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.metrics.loggers import StatLoggerManager
+from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
@@ -44,10 +45,9 @@ def fake_config(**cache):
 
 @pytest.fixture
 def stat_logger():
-    logger = metrics.KiviStatLogger(fake_config(), [0, 1])
-    yield logger
-    for collector in [c for c in REGISTRY._collector_to_names if getattr(c, "_name", "").startswith("vllm:kivi_")]:
-        REGISTRY.unregister(collector)
+    unregister_vllm_metrics()  # those of an engine that another test had in this process
+    yield metrics.KiviStatLogger(fake_config(), [0, 1])
+    unregister_vllm_metrics()
 
 
 def test_counts_survive_the_way_from_process_to_process_and_no_other_logger_sees_them(stat_logger):

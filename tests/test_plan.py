@@ -271,16 +271,14 @@ def test_the_specs_windows_are_the_formats(options, speculative):
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_pages_beside_full_precision_are_the_engines(preset, head_dim):
-    from vllm_kivi.backend.backend import layer_format
-
+def test_pages_beside_full_precision_are_filled(preset, head_dim):
+    """As large as those of layers that are not quantized, with as many whole groups as they hold."""
     own = KiviOptions().format(preset, head_dim, 4, "bfloat16")
-    config = SimpleNamespace(
-        additional_config={},
-        model_config=SimpleNamespace(dtype=torch.bfloat16),
-        cache_config=SimpleNamespace(block_size=own.page_tokens, kv_cache_dtype_skip_layers=["sliding_window"]),
-    )
-    assert own.beside_full_precision() == layer_format(config, preset, head_dim, 4)
+    beside = own.beside_full_precision()
+    assert beside.padded_page_bytes == 4 * own.page_tokens * 2 * head_dim * 2
+    group_bytes = 4 * own.group_size * own.token_bytes
+    assert beside.page_tokens % own.group_size == 0
+    assert beside.padded_page_bytes - group_bytes < 4 * beside.page_tokens * own.token_bytes <= beside.padded_page_bytes
 
 
 @pytest.mark.parametrize(

@@ -34,8 +34,7 @@ def random_engine(rng: random.Random, dtype: str) -> dict[str, Any]:
     preset = rng.choice(PRESETS)
     options = dict(rng.choice(OPTIONS))
     fmt = KiviOptions(**options).format(preset, HEAD_DIM, KV_HEADS, dtype)
-    n = fmt.full_page_tokens
-    window = math.ceil((fmt.residual_length + fmt.group_size) / n) + 1 + math.ceil(fmt.sink_tokens / n)
+    window = fmt.window_pages(max_model_len)
     blocks = math.ceil(max_model_len / fmt.page_tokens) + 2 * window + 1
     chunked = rng.random() < 0.75
     return {

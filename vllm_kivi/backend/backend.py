@@ -92,7 +92,7 @@ def _bind(kv_format: KVFormat) -> type[KiviAttentionBackend]:
 
 
 def layer_format(vllm_config: VllmConfig, preset: str, head_dim: int, num_kv_heads: int) -> KVFormat:
-    """The byte map of a layer in this engine."""
+    """The byte map of a layer in this engine; the block size grows with it where layers keep a state of a request."""
     options = KiviOptions.from_additional_config(vllm_config.additional_config)
     dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
     cache_config = vllm_config.cache_config
@@ -273,10 +273,6 @@ def _sliding_layers(model_config: Any) -> Literal["none", "some", "all"]:
 
 def _has_draft_layers(speculative: Any) -> bool:
     """Whether something drafts that has attention layers of its own."""
-    return speculative is not None and speculative.method not in (
-        "ngram",
-        "ngram_gpu",
-        "suffix",
-        "medusa",
-        "mlp_speculator",
-    )
+    if speculative is None or speculative.draft_model_config is None:
+        return False
+    return speculative.method not in ("ngram", "ngram_gpu", "suffix", "medusa", "mlp_speculator")

@@ -13,6 +13,7 @@ import random
 import subprocess
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import test_cuda
@@ -122,7 +123,7 @@ def triton_serves(monkeypatch: pytest.MonkeyPatch) -> None:
         return
     from vllm_kivi import triton_ops
 
-    def store(key: torch.Tensor, *rest: object) -> None:
+    def store(key: torch.Tensor, *rest: Any) -> None:
         (triton_ops.store if key.device.type == DEVICE else ops.store)(key, *rest)
 
     names = "decode", "decode_workspace", "gather"
@@ -323,8 +324,9 @@ def test_gather(fmt: KVFormat) -> None:
 
 
 @needs_gpu
-def test_in_cuda_graphs() -> None:
-    test_cuda.test_store_in_a_cuda_graph("none")
+@pytest.mark.parametrize("preset", ["kivi2", "kivi2_boost"])
+def test_in_cuda_graphs(preset: str) -> None:
+    test_cuda.test_store_in_a_cuda_graph(preset, "")
     test_cuda.test_gather_in_a_cuda_graph()
     test_cuda_decode.test_graph_replay_with_other_lengths()
 
@@ -340,6 +342,8 @@ def test_store_touches_neither_null_block_nor_padding_rows() -> None:
 
 
 @needs_gpu
-def test_store_many_rows() -> None:
-    test_cuda.test_store_many_rows(*test_cuda.decode_step(300))
-    test_cuda.test_store_many_rows([0, 1, 700, 1, 1, 1200, 0, 2500, 3], [0, 32, 731, 64, 1, 1200, 7, 2600, 65])
+@pytest.mark.parametrize("preset", ["kivi2", "kivi2_boost"])
+def test_store_many_rows(preset: str) -> None:
+    mixed = [0, 1, 700, 1, 1, 1200, 0, 2500, 3], [0, 32, 731, 64, 1, 1200, 7, 2600, 65]
+    for rows, seq_lens in (test_cuda.decode_step(300), mixed):
+        test_cuda.test_store_many_rows(rows, seq_lens, preset)

@@ -47,6 +47,7 @@ ENGINE = {
 SHORT = [prompt(length, length) for length in (1, 2, 17, 31, 32, 64, 80, 96)]
 LONG = [prompt(length, length) for length in (200, 320, 700, 1000, 1500, 2200, 3000, 3500)]
 CACHED = LONG[4:5]
+FORCED = 7
 SCHEDULES = (("whole prompts", 4096), ("chunks of 512", 512))
 
 
@@ -55,22 +56,36 @@ def capacity(llm: Any) -> int:
     return llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens
 
 
+def forced(llm: Any) -> list[Any]:
+    """What the model thinks of 48 tokens after long prompts; the tokens are always the same, so pasts never part."""
+    return generate(llm, LONG, max_tokens=48, logprobs=5, allowed_token_ids=[FORCED])
+
+
 def answers(llm: Any, prompts: list[list[int]], max_tokens: int = 32) -> list[Any]:
     return generate(llm, prompts, max_tokens=max_tokens, logprobs=5)
 
 
+def same_past(a: Any, b: Any) -> int:
+    """How many tokens of two answers follow the same tokens."""
+    pairs = list(zip(tokens(a), tokens(b), strict=True))
+    return next((i + 1 for i, (x, y) in enumerate(pairs) if x != y), len(pairs))
+
+
+def logprob_differences(outputs: list[Any], wanted: list[Any]) -> list[float]:
+    """Of every token that both sides list, wherever they have the same past."""
+    differences = []
+    for a, b in zip(outputs, wanted, strict=True):
+        count = same_past(a, b)
+        for x, y in zip(a.outputs[0].logprobs[:count], b.outputs[0].logprobs[:count], strict=True):
+            differences += [abs(x[token].logprob - y[token].logprob) for token in x.keys() & y.keys()]
+    return differences
+
+
 def distance(outputs: list[Any], wanted: list[Any]) -> tuple[float, str]:
     """Mean difference of log probabilities, and how it was found."""
-    differences: list[float] = []
-    positions = 0
-    for a, b in zip(outputs, wanted, strict=True):
-        pairs = list(zip(tokens(a), tokens(b), strict=True))
-        same_past = next((i + 1 for i, (x, y) in enumerate(pairs) if x != y), len(pairs))
-        positions += same_past
-        for x, y in zip(a.outputs[0].logprobs[:same_past], b.outputs[0].logprobs[:same_past], strict=True):
-            differences += [abs(x[token].logprob - y[token].logprob) for token in x.keys() & y.keys()]
+    differences = logprob_differences(outputs, wanted)
     mean = sum(differences) / len(differences)
-    return mean, f"{mean:.4f} ({positions} tokens)"
+    return mean, f"{mean:.4f} ({sum(map(same_past, outputs, wanted))} tokens)"
 
 
 class Checks(Results):
@@ -92,7 +107,7 @@ class Checks(Results):
         """vLLM's own cache: what to compare with, and how much bfloat16 alone moves results."""
         with self.engine("auto") as llm:
             self.auto_tokens = capacity(llm)
-            self.short, self.long = answers(llm, SHORT), answers(llm, LONG)
+            self.short, self.long, self.forced_auto = answers(llm, SHORT), answers(llm, LONG), forced(llm)
         with self.engine("auto", dtype="float16") as llm:
             self.noise, found = distance(answers(llm, LONG), self.long)
         self.add("auto: float16 against bfloat16", found, "what bfloat16 does", True)
@@ -109,6 +124,9 @@ class Checks(Results):
             self.loss, found = distance(self.long_kivi, self.long)
             self.add("longer against auto", found, "quantized: more than 0", self.loss > 0)
             llm.reset_prefix_cache()
+            self.forced = forced(llm)
+            self.forced_loss, _ = distance(self.forced, self.forced_auto)
+            llm.reset_prefix_cache()
             alone = [answers(llm, [p])[0] for p in LONG]
             # What bfloat16 changes, quantization can amplify: a value at the edge of a code takes the other one.
             noise = self.close("alone against in a batch", alone, self.long_kivi, max(self.noise, self.loss / 2))
@@ -122,9 +140,14 @@ class Checks(Results):
         with self.engine(max_num_batched_tokens=self.cached) as llm:
             self.close("prefix hit against cold, cut there", self.hit, answers(llm, CACHED), self.bound)
 
-    def eager(self) -> None:
+    def graphs(self) -> None:
+        """Compiled alike, graphs change nothing. Without compilation every layer rounds otherwise; codes that flip by
+        it cost a part of what quantization costs."""
+        with self.engine(compilation_config={"cudagraph_mode": "NONE"}) as llm:
+            largest = max(logprob_differences(forced(llm), self.forced))
+            self.add("without graphs against with", f"{largest:.2g}", "0, to the last bit", largest == 0)
         with self.engine(enforce_eager=True) as llm:
-            self.close("without graphs against with", answers(llm, LONG), self.long_kivi, self.bound)
+            self.close("not compiled against compiled", forced(llm), self.forced, self.forced_loss / 3)
 
     def preemption(self) -> None:
         """Recomputed in one chunk, generated tokens attend as they did when they were decoded."""
@@ -155,7 +178,7 @@ class Checks(Results):
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = ("auto", "kivi", "more_bits", "chunks", "preemption", "eager", "bypass")
+    names = ("auto", "kivi", "more_bits", "chunks", "preemption", "graphs", "bypass")
     parser.add_argument("--only", default=",".join(names), help="auto and kivi come first: others compare with them")
     parser.add_argument("--dtype", default="kivi2")
     args = parser.parse_args()

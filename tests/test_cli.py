@@ -317,16 +317,18 @@ def test_eval_ppl_prints_json_alone_and_what_the_cache_holds(smollm2, tmp_path):
 
 
 def test_gguf_names_become_hugging_face_names():
-    name = load_script("make_smollm2").hugging_face_name
-    assert name("blk.12.attn_k.weight") == "model.layers.12.self_attn.k_proj.weight"
-    assert name("blk.0.ffn_norm.weight") == "model.layers.0.post_attention_layernorm.weight"
-    assert name("token_embd.weight") == "model.embed_tokens.weight"
+    name = load_script("make_model").hugging_face_name
+    assert name("blk.12.attn_k.weight", "llama") == "model.layers.12.self_attn.k_proj.weight"
+    assert name("blk.0.ffn_norm.weight", "llama") == "model.layers.0.post_attention_layernorm.weight"
+    assert name("blk.0.ffn_norm.weight", "gemma3") == "model.layers.0.pre_feedforward_layernorm.weight"
+    assert name("blk.3.attn_k_norm.weight", "gemma3") == "model.layers.3.self_attn.k_norm.weight"
+    assert name("token_embd.weight", "llama") == "model.embed_tokens.weight"
     with pytest.raises(KeyError):
-        name("blk.0.attn_sinks.weight")
+        name("blk.0.attn_k_norm.weight", "llama")
 
 
 def test_rotary_halves_are_apart_again():
-    unpermute = load_script("make_smollm2").unpermute
+    unpermute = load_script("make_model").unpermute
     # Two heads of 8 channels; every row holds the number of the channel that GGUF put there.
     rows = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15.0])
     assert unpermute(rows[:, None].expand(-1, 3), 2).tolist() == [[channel] * 3 for channel in range(16)]

@@ -2,7 +2,7 @@
 
     python tests/gpu/smollm2_check.py MODEL [--cpu-perplexity AUTO KIVI2] [--dtype bfloat16]
 
-MODEL is a folder of scripts/make_smollm2.py. Run without --cpu-perplexity on a CPU first: it prints the two numbers to
+MODEL is a folder of scripts/make_model.py. Run without --cpu-perplexity on a CPU first: it prints the two numbers to
 give. Text, chunks and scored tokens are the same everywhere; so is the arithmetic but for the order of sums. That alone
 makes values take other codes, which at 2 bits moves perplexity: by 0.6 % over 8,192 tokens of bfloat16 on one CPU (two
 sets of kernels), so few tokens tell nothing.

@@ -1,19 +1,19 @@
-"""The engines people start: several processes, tensor parallelism, torch.compile, LoRA, and the OpenAI server."""
+"""The engines people start: several processes, parallelism, a worker that dies, torch.compile and LoRA."""
 
 from __future__ import annotations
 
 import json
-import os
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from engines import assert_same, engine, generate, logprobs, prompt, save_tiny_llama, tokens
+from processes import PATIENCE, START, assert_gone, environment, family, kill, terminate, until
 
 from vllm_kivi.options import PUBLISHED
 
@@ -32,7 +32,7 @@ def main():
     from vllm import LLM
     model, given, out = sys.argv[1:]
     with open(given) as f:
-        overrides, prompts, max_tokens = json.load(f)
+        overrides, prompts, max_tokens, forever = json.load(f)
     llm = LLM(model, **(PROCESS_SETTINGS | overrides))
     outputs = generate(llm, prompts, max_tokens=max_tokens)
     metrics = {} if llm.llm_engine.log_stats is False else {
@@ -40,6 +40,9 @@ def main():
     }
     with open(out, "w") as f:
         json.dump([metrics, [[tokens(o), logprobs(o).tolist()] for o in outputs]], f)
+    print("written", flush=True)
+    while forever:
+        generate(llm, prompts, max_tokens=1000)
 if __name__ == "__main__":
     main()
 """
@@ -56,42 +59,70 @@ def expected(model):
         return generate(llm, PROMPTS)
 
 
-def environment(**changes: str) -> dict[str, str]:
-    env = {k: v for k, v in os.environ.items() if k not in ("VLLM_ENABLE_V1_MULTIPROCESSING", "OMP_NUM_THREADS")}
-    return (
-        env | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]), "HF_HUB_OFFLINE": "1"} | changes
-    )
-
-
-def run_elsewhere(
-    folder: Path, model: Path, overrides: dict, prompts: list[list[int]], max_tokens: int = 32, **changes: str
-) -> tuple[dict[str, float], list[tuple[list[int], torch.Tensor]]]:
-    """Metrics, and tokens and their logprobs of each prompt, out of an engine in processes of its own."""
-    script, given, out = folder / "run.py", folder / "given.json", folder / "out.json"
+@contextmanager
+def started_elsewhere(
+    folder: Path,
+    model: Path,
+    overrides: dict,
+    prompts: list[list[int]],
+    max_tokens: int = 32,
+    forever: bool = False,
+    **changes: str,
+) -> Iterator[tuple[subprocess.Popen, Path, Path]]:
+    """The main process of an engine that answers and, if `forever`, goes on to generate; its log, and its outputs."""
+    script, given, out, log = (folder / name for name in ("run.py", "given.json", "out.json", "log"))
     script.write_text(SCRIPT)
-    given.write_text(json.dumps([overrides, prompts, max_tokens]))
+    given.write_text(json.dumps([overrides, prompts, max_tokens, forever]))
     command = [sys.executable, str(script), str(model), str(given), str(out)]
-    done = subprocess.run(command, env=environment(**changes), capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]
+    with log.open("w") as lines:
+        process = subprocess.Popen(command, env=environment(**changes), stdout=lines, stderr=subprocess.STDOUT)
+
+    def written() -> bool:
+        done = "\nwritten\n" in log.read_text()
+        assert done or process.poll() is None, log.read_text()[-4000:]
+        return done
+
+    try:
+        until(written, "the engine", START)
+        yield process, log, out
+    finally:
+        terminate(process)
+
+
+def read(out: Path) -> tuple[dict[str, float], list[tuple[list[int], torch.Tensor]]]:
+    """Metrics, and tokens and their logprobs of each prompt."""
     metrics, outputs = json.loads(out.read_text())
     return metrics, [(chosen, torch.tensor(scores)) for chosen, scores in outputs]
 
 
-@pytest.mark.parametrize(
-    ("overrides", "changes"),
-    [
-        ({"enforce_eager": True, "tensor_parallel_size": 2}, {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}),
-        # vLLM 0.32 has buffers between stages only after torch.compile's warm-up, on a CPU.
-        ({"enforce_eager": False, "pipeline_parallel_size": 2}, {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}),
-        ({"enforce_eager": False}, {}),
-    ],
-    ids=["tensor parallel 2", "pipeline parallel 2", "torch.compile"],
-)
-def test_other_processes_give_the_same_tokens(model, expected, tmp_path, overrides, changes):
-    _, outputs = run_elsewhere(tmp_path, model, overrides | UNSEARCHED, PROMPTS, **changes)
+def assert_expected(outputs: list[tuple[list[int], torch.Tensor]], expected: list[Any], tolerance: float) -> None:
     for (actual, scores), wanted in zip(outputs, expected, strict=True):
         assert actual == tokens(wanted)
-        torch.testing.assert_close(scores, logprobs(wanted), atol=1e-3, rtol=0)
+        torch.testing.assert_close(scores, logprobs(wanted), atol=tolerance, rtol=0)
+
+
+def test_pipeline_parallelism_and_torch_compile(model, expected, tmp_path):
+    """Together, because vLLM 0.32 has buffers between stages only after torch.compile's warm-up, on a CPU."""
+    overrides = {"enforce_eager": False, "pipeline_parallel_size": 2} | UNSEARCHED
+    changes = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    with started_elsewhere(tmp_path, model, overrides, PROMPTS, **changes) as (process, _, out):
+        assert process.wait(timeout=PATIENCE) == 0
+        _, outputs = read(out)
+    assert_expected(outputs, expected, 1e-3)
+
+
+def test_tensor_parallelism_and_a_worker_that_dies(model, expected, tmp_path):
+    """The same tokens; and when a worker is killed, its engine says so and all its processes end."""
+    overrides = {"enforce_eager": True, "tensor_parallel_size": 2} | UNSEARCHED
+    changes = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    with started_elsewhere(tmp_path, model, overrides, PROMPTS, forever=True, **changes) as (process, log, out):
+        _, outputs = read(out)
+        processes = family(process)
+        kill(processes, "VLLM::Worker_TP1")
+        assert_gone(process, processes)
+        assert process.returncode != 0
+        assert "EngineDeadError" in log.read_text()
+    assert_expected(outputs, expected, 1e-3)
 
 
 def test_ngram_speculation_changes_nothing(tmp_path):
@@ -105,12 +136,12 @@ def test_ngram_speculation_changes_nothing(tmp_path):
     with engine(SMOLLM2, kv_cache_memory_bytes=256 << 20) as llm:
         expected = generate(llm, prompts, max_tokens=60)
     settings = {"enforce_eager": True, "disable_log_stats": False, "kv_cache_memory_bytes": 256 << 20}
-    metrics, outputs = run_elsewhere(tmp_path, SMOLLM2, settings | {"speculative_config": speculative}, prompts, 60)
+    settings |= {"speculative_config": speculative}
+    with started_elsewhere(tmp_path, SMOLLM2, settings, prompts, 60) as (_, _, out):
+        metrics, outputs = read(out)
     drafted, accepted = (metrics[f"vllm:spec_decode_num_{name}_tokens"] for name in ("draft", "accepted"))
     assert 40 < accepted < drafted
-    for (actual, scores), wanted in zip(outputs, expected, strict=True):
-        assert actual == tokens(wanted)
-        torch.testing.assert_close(scores, logprobs(wanted), atol=2e-2, rtol=0)
+    assert_expected(outputs, expected, 2e-2)
 
 
 def test_lora_is_untouched(model, tmp_path):
@@ -137,36 +168,3 @@ def test_lora_is_untouched(model, tmp_path):
         assert tokens(plain[1]) != tokens(outputs[dtype][1])
     for actual, wanted in zip(outputs["kivi2"], outputs["auto"], strict=True):
         assert_same(actual, wanted)
-
-
-def test_the_openai_server_streams():
-    """`vllm serve MODEL --kv-cache-dtype kivi2` and an OpenAI client that streams from it."""
-    from openai import OpenAI
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [str(Path(sys.executable).parent / "vllm"), "serve", str(SMOLLM2), "--kv-cache-dtype", "kivi2"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "2048", "--enforce-eager"]
-    command += ["--kv-cache-memory-bytes", str(256 << 20), "--served-model-name", "smollm2"]
-    server = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        deadline = time.monotonic() + 400
-        while True:
-            assert server.poll() is None, server.stdout.read()[-4000:]
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
-                break
-            except OSError:
-                assert time.monotonic() < deadline, "the server did not start"
-                time.sleep(1)
-        client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
-        question = [{"role": "user", "content": "What is the capital of France?"}]
-        stream = client.chat.completions.create(
-            model="smollm2", messages=question, temperature=0, max_tokens=16, stream=True
-        )
-        pieces = [chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices]
-        assert len(pieces) > 4 and "Paris" in "".join(pieces)
-    finally:
-        server.terminate()
-        server.communicate(timeout=60)

@@ -2,16 +2,41 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
+import json
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from test_errors import LLAMA
+from test_import_rules import sources
 
 from vllm_kivi import compat, plugin
 from vllm_kivi.backend import heuristics
 from vllm_kivi.backend.backend import PAGE_DTYPE
 from vllm_kivi.format import PRESETS
+
+
+def test_vllm_has_what_we_import():
+    """Wherever the import stands: some run on a GPU only, some for type checkers alone."""
+    nodes = [node for path in sources() for node in ast.walk(ast.parse(path.read_text()))]
+    modules = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names = {(node.module or "", a.name) for node in nodes if isinstance(node, ast.ImportFrom) for a in node.names}
+    modules = {name for name in modules if name.split(".")[0] == "vllm"}
+    names = {(module, name) for module, name in names if module.split(".")[0] == "vllm"}
+    assert len(names) > 40
+    for module in modules:
+        importlib.import_module(module)
+
+    def exists(module, name):
+        package = importlib.import_module(module)
+        in_file = hasattr(package, name)
+        return in_file or (hasattr(package, "__path__") and importlib.util.find_spec(f"{module}.{name}") is not None)
+
+    missing = [f"{module}.{name}" for module, name in sorted(names) if not exists(module, name)]
+    assert not missing
 
 
 def test_a_cache_dtype_is_bytes_of_no_known_mode():
@@ -102,3 +127,14 @@ def test_devices_and_dtypes(monkeypatch, platform, dtype, words):
     with pytest.raises(ValueError, match="kivi: --kv-cache-dtype kivi2") as error:
         heuristics.check_device("kivi: --kv-cache-dtype kivi2", dtype)
     assert all(word in str(error.value) for word in words)
+
+
+def test_context_parallelism_is_refused(tmp_path):
+    from vllm import EngineArgs
+
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    parallel = {"tensor_parallel_size": 4, "decode_context_parallel_size": 2}
+    with pytest.raises(ValueError, match="does not support context parallelism; set both context-parallel sizes to 1"):
+        EngineArgs(
+            model=str(tmp_path), kv_cache_dtype="kivi2", skip_tokenizer_init=True, **parallel
+        ).create_engine_config()

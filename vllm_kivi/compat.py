@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import KVTransferConfig, VllmConfig
     from vllm.v1.attention.backend import CommonAttentionMetadata
+    from vllm.v1.metrics.stats import SchedulerStats
 
     _PromptLengths = Callable[[Any, CommonAttentionMetadata], torch.Tensor | None]
 
 SUPPORTED = ((0, 32), (0, 33))
 
+# vLLM's own connector that asks the managers of cache groups which pages a hit needs. Others know one group only, or
+# work it out from the specs and take ours for a plain sliding window: they miss the sinks, and look for pages before
+# the window that nobody keeps.
+WHOLE_PAGE_CONNECTOR = "SimpleCPUOffloadConnector"
+
 # Of the runner that builds metadata now.
 _prompt_lengths: Callable[[CommonAttentionMetadata], torch.Tensor | None] | None = None
+
+# Whether a lookup that runs now begins behind a local hit.
+_suffix_lookup = False
 
 
 def check_version() -> None:
@@ -132,6 +141,78 @@ def extend_platform(
     platform._kivi = True
 
 
+def unfit_connectors(config: KVTransferConfig) -> Iterator[tuple[str, str]]:
+    """Names of configured connectors that cannot carry two types of pages, and why.
+
+    A connector from elsewhere is taken at its word: `supports_kivi = True` in its class. The children of a
+    MultiConnector count.
+    """
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+    from vllm.distributed.kv_transfer.kv_connector.v1 import supports_hma
+
+    name = config.kv_connector
+    if name is None:
+        return
+    if name == "MultiConnector":
+        for child in config.kv_connector_extra_config.get("connectors", []):
+            yield from unfit_connectors(type(config)(**{"engine_id": config.engine_id, **child}))
+        return
+    connector = KVConnectorFactory.get_connector_class(config)
+    if not supports_hma(connector):
+        yield name, "it does not implement SupportsHMA, so it knows one group of pages only"
+    elif name != WHOLE_PAGE_CONNECTOR and not getattr(connector, "supports_kivi", False):
+        yield name, "it is not known to move full-precision pages, such as those of the sinks"
+
+
+def offload_whole_pages(vllm_config: VllmConfig) -> None:
+    """Make --kv-offloading-size use WHOLE_PAGE_CONNECTOR.
+
+    Why: vLLM would choose OffloadingConnector, unless the environment says otherwise. How: configure the connector as
+    vLLM would a moment later, and clear the size, which asks vLLM to do it. Remove when OffloadingConnector asks a
+    group's manager what a hit needs.
+    """
+    from vllm.config import KVTransferConfig
+
+    size = vllm_config.cache_config.kv_offloading_size
+    assert size is not None
+    transfer = vllm_config.kv_transfer_config or KVTransferConfig()
+    transfer.kv_connector, transfer.kv_role = WHOLE_PAGE_CONNECTOR, "kv_both"
+    transfer.kv_connector_extra_config.update({"cpu_bytes_to_use": int(size * (1 << 30))})
+    vllm_config.kv_transfer_config, vllm_config.cache_config.kv_offloading_size = transfer, None
+
+
+def expose_suffix_lookups() -> None:
+    """Make known to looks_up_suffix what WHOLE_PAGE_CONNECTOR looks up.
+
+    Why: it looks up what follows a local hit as if a prompt began there, and hits need sinks at the start of a prompt
+    only. How: remember it while the connector looks up; called by the full-precision manager, when the connector's
+    module is loaded, if it will be. Remove when a lookup has an offset.
+    """
+    module = sys.modules.get("vllm.v1.simple_kv_offload.manager")
+    if module is None:
+        return
+    stock = module.SimpleCPUOffloadScheduler.get_num_new_matched_tokens
+    if getattr(stock, "_kivi", False):
+        return
+
+    @functools.wraps(stock)
+    def get_num_new_matched_tokens(self: Any, request: Any, num_computed_tokens: int) -> Any:
+        global _suffix_lookup
+        _suffix_lookup = num_computed_tokens > 0
+        try:
+            return stock(self, request, num_computed_tokens)
+        finally:
+            _suffix_lookup = False
+
+    get_num_new_matched_tokens._kivi = True  # type: ignore[attr-defined]
+    module.SimpleCPUOffloadScheduler.get_num_new_matched_tokens = get_num_new_matched_tokens
+
+
+def looks_up_suffix() -> bool:
+    """Whether the hashes that are looked up now begin behind a local hit, which holds the sinks."""
+    return _suffix_lookup
+
+
 def expose_prompt_lengths() -> None:
     """Make prompt lengths known to num_prompt_tokens.
 
@@ -206,3 +287,51 @@ def num_prompt_tokens(common: CommonAttentionMetadata) -> torch.Tensor | None:
     """int32 [num_reqs] on the CPU: where each request's prompt ends. None where it is unknown, as in a drafter's batch
     or in a graph's capture."""
     return None if _prompt_lengths is None else _prompt_lengths(common)
+
+
+def extend_scheduler_stats(counts: Callable[[Any], dict[str, int]]) -> None:
+    """Add `counts` of a scheduler, by names that are ours alone, to what it reports.
+
+    Why: SchedulerStats has no room for plugins, and its encoding drops what is not declared. How: wrap make_stats, and
+    put the counts into the one dict of counts by name, from which our stat logger takes them before any other logger
+    looks. Remove when SchedulerStats has a field for plugins.
+    """
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    stock: Any = Scheduler.make_stats
+    if getattr(stock, "_kivi", False):
+        return
+
+    @functools.wraps(stock)
+    def make_stats(self: Any, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        stats = stock(self, *args, **kwargs)
+        if stats is not None:
+            stats.num_kv_fetch_reqs_by_stage.update(counts(self))
+        return stats
+
+    make_stats._kivi = True  # type: ignore[attr-defined]
+    Scheduler.make_stats = make_stats  # type: ignore[method-assign]
+
+
+def add_stat_logger(is_ours: Callable[[str | None], bool], make: Callable[[VllmConfig, list[int]], Any]) -> None:
+    """Put a stat logger that `make` makes, of a configuration and its engines' numbers, before vLLM's own.
+
+    Why: vLLM's plugins for stat loggers (vllm.stat_logger_plugins) load in every server where this package is
+    installed, whatever its cache, and switch statistics on where --disable-log-stats switched them off. How: add it to
+    the loggers that vLLM made, in front of them. Remove when such plugins can decline.
+    """
+    from vllm.v1.metrics.loggers import StatLoggerManager
+
+    stock: Any = StatLoggerManager.__init__
+    if getattr(stock, "_kivi", False):
+        return
+
+    @functools.wraps(stock)
+    def init(self: Any, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
+        stock(self, vllm_config, *args, **kwargs)
+        if is_ours(vllm_config.cache_config.cache_dtype):
+            # vLLM's Prometheus logger, made just now, has unregistered all earlier metrics named vllm:.
+            self.stat_loggers.insert(0, make(vllm_config, self.engine_indexes))
+
+    init._kivi = True  # type: ignore[attr-defined]
+    StatLoggerManager.__init__ = init  # type: ignore[method-assign]

@@ -12,6 +12,7 @@ from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionBackend, AttentionType, MultipleOf
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheLayout
 
+from vllm_kivi import compat
 from vllm_kivi.backend.heuristics import check_device
 from vllm_kivi.format import HEAD_DIMS, PRESETS, KVFormat, check_model
 from vllm_kivi.options import KiviOptions
@@ -124,11 +125,16 @@ def finish_pages(vllm_config: VllmConfig) -> None:
     """When all layers have their byte maps: give the states of Mamba layers pages of the same size.
 
     Raises:
-        ValueError: no layer is quantized.
+        ValueError: no layer is quantized, or vLLM has turned off what two types of pages need.
     """
     from vllm.model_executor.layers.attention import Attention
 
     cache_config = vllm_config.cache_config
+    if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:  # decided after check_config
+        raise ValueError(
+            f"kivi: --kv-cache-dtype {cache_config.cache_dtype} needs vLLM's hybrid KV cache manager, which vLLM turns "
+            "off for this model or platform; use auto or fp8"
+        )
     layers = vllm_config.compilation_config.static_forward_context.values()
     backends = [layer.attn_backend for layer in layers if isinstance(layer, Attention)]
     formats = [backend.kv_format for backend in backends if issubclass(backend, KiviAttentionBackend)]
@@ -233,6 +239,7 @@ def check_config(vllm_config: VllmConfig) -> None:
     check_device(flag, model_dtype)
     if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         raise ValueError(f"{flag} needs vLLM's hybrid KV cache manager; remove --disable-hybrid-kv-cache-manager")
+    _check_connector(flag, vllm_config)
     parallel = vllm_config.parallel_config
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
         raise ValueError(f"{flag} does not support context parallelism; set both context-parallel sizes to 1")
@@ -261,6 +268,29 @@ def check_config(vllm_config: VllmConfig) -> None:
     from vllm_kivi.backend import metrics  # imports vLLM's stat loggers, which not every process needs
 
     metrics.add_stat_logger()
+
+
+def _check_connector(flag: str, vllm_config: VllmConfig) -> None:
+    """Let pass what moves both types of pages: vLLM's offloading to the CPU, and connectors that say they do.
+
+    Raises:
+        ValueError: a connector would leave pages out, such as those of the sinks.
+    """
+    cache_config = vllm_config.cache_config
+    if cache_config.kv_offloading_size is not None:
+        if cache_config.kv_offloading_backend != "native":
+            raise ValueError(
+                f"{flag} does not support --kv-offloading-backend {cache_config.kv_offloading_backend}; use native"
+            )
+        compat.offload_whole_pages(vllm_config)
+        logger.info("kivi: --kv-offloading-size uses %s, which moves both types of pages", compat.WHOLE_PAGE_CONNECTOR)
+    if vllm_config.kv_transfer_config is None:
+        return
+    for name, unfit in compat.unfit_connectors(vllm_config.kv_transfer_config):
+        raise ValueError(
+            f"{flag} does not support the KV connector {name}: {unfit}; use {compat.WHOLE_PAGE_CONNECTOR}, or see "
+            "'Moving pages' in docs/DESIGN.md for what a connector of your own must do"
+        )
 
 
 def _sliding_layers(model_config: Any) -> Literal["none", "some", "all"]:

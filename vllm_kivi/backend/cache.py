@@ -26,6 +26,7 @@ from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
 
+from vllm_kivi import compat
 from vllm_kivi.format import window_pages
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class FullPrecisionManager(SlidingWindowManager):
         from vllm_kivi.backend import metrics  # which needs this module
 
         metrics.extend_scheduler_stats()
+        compat.expose_suffix_lookups()
         # request -> first block of the current step: only tokens from there on are still to be written.
         self._step_start: dict[str, int] = {}
         # request -> blocks below it have been released, sinks apart.
@@ -57,8 +59,9 @@ class FullPrecisionManager(SlidingWindowManager):
         available = self.block_pool.num_gpu_blocks - 1
         if available < needed:
             raise ValueError(
-                f"kivi: the KV cache has {available} blocks; one request of max_model_len={spec.max_model_len} tokens "
-                f"needs {needed} while its last chunk is computed. Give it more memory or lower --max-model-len."
+                f"kivi: the KV cache, or what it is offloaded to, has {available} blocks; one request of "
+                f"max_model_len={spec.max_model_len} tokens needs {needed} while its last chunk is computed. Give it "
+                "more memory or lower --max-model-len."
             )
 
     # -- what to hold ---------------------------------------------------------------------------------------------
@@ -105,12 +108,14 @@ class FullPrecisionManager(SlidingWindowManager):
         loaded = self._count_needed(start, loaded_stop, self.kv_cache_spec.window_start(total_computed_tokens))
         return loaded + self._count_needed(loaded_stop, stop, self._first_kept(num_tokens_main_model)) + evictable
 
-    def _extend(self, request_id: str, stop: int, first_token: int) -> list[KVCacheBlock]:
+    def _extend(
+        self, request_id: str, stop: int, first_token: int, record_for_zeroing: bool = True
+    ) -> list[KVCacheBlock]:
         """Append blocks up to `stop`: pages where needed, the null block elsewhere."""
         blocks = self.req_to_blocks[request_id]
         needed = [self._needed(block, first_token) for block in range(len(blocks), stop)]
         pages = self.block_pool.get_new_blocks(sum(needed))
-        if self._record_new_block_ids:
+        if self._record_new_block_ids and record_for_zeroing:
             self.new_block_ids.extend(page.block_id for page in pages)
         supply = iter(pages)
         new = [next(supply) if need else self._null_block for need in needed]
@@ -134,7 +139,8 @@ class FullPrecisionManager(SlidingWindowManager):
         record_for_zeroing: bool = True,
     ) -> None:
         total = num_local_computed_tokens + num_external_computed_tokens
-        self._extend(request_id, ceil(total / self.block_size), self.kv_cache_spec.window_start(total))
+        stop = ceil(total / self.block_size)
+        self._extend(request_id, stop, self.kv_cache_spec.window_start(total), record_for_zeroing)
 
     def add_local_computed_blocks(
         self,
@@ -277,7 +283,8 @@ class FullPrecisionManager(SlidingWindowManager):
         n = kv_cache_spec.block_size
         hashes = resolve_block_hashes(block_hashes, block_pool.hash_block_size, n, alignment_tokens=alignment_tokens)
         extra = 1 if drop_eagle_block else 0
-        num_sinks = kv_cache_spec.sink_blocks
+        # A suffix begins at a boundary, so window_start is right for it as well.
+        num_sinks = 0 if compat.looks_up_suffix() else kv_cache_spec.sink_blocks
         longest = max(0, min(max_length // n, len(hashes)) - extra) * n // alignment_tokens * alignment_tokens
         for length in range(longest, 0, -alignment_tokens):
             first = kv_cache_spec.window_start(length) // n
@@ -329,7 +336,7 @@ class FullPrecisionSpec(SlidingWindowSpec):
 
     @property
     def num_retained_tokens(self) -> int:
-        # vLLM 0.33's runner puts the null block wherever a sliding window does not reach, which would hide the sinks.
+        # A runner may put the null block wherever a sliding window does not reach, which would hide the sinks.
         # Our kernels read exactly what they attend to, so nothing has to be hidden from them: 0 turns it off.
         return 0
 

@@ -7,14 +7,14 @@ statistics at all: --disable-log-stats turns these off as well.
 
 from __future__ import annotations
 
-import functools
 import time
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from prometheus_client import Gauge
-from vllm.v1.metrics.loggers import AggregateStatLoggerBase, StatLoggerManager
+from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
+from vllm_kivi import compat
 from vllm_kivi.format import PRESETS
 from vllm_kivi.options import KiviOptions
 
@@ -34,6 +34,8 @@ GAUGES = {
 
 # Seconds between two reports of a scheduler that runs requests: to count hundreds of them takes part of a millisecond.
 INTERVAL = 1.0
+# scheduler -> when its next report is due.
+_due: WeakKeyDictionary[Any, float] = WeakKeyDictionary()
 
 
 class KiviStatLogger(AggregateStatLoggerBase):
@@ -75,31 +77,17 @@ class KiviStatLogger(AggregateStatLoggerBase):
 
 
 def extend_scheduler_stats() -> None:
-    """Make a scheduler whose cache is ours report it in SchedulerStats; called where that cache is built.
+    """Make a scheduler whose cache is ours report it; called where that cache is built."""
+    compat.extend_scheduler_stats(due_counts)
 
-    Why: SchedulerStats has no room for plugins, and its encoding drops what is not declared. How: wrap make_stats, and
-    put our counts into the one dict of counts by name, from which the stat logger below takes them before any other
-    logger looks. Remove when SchedulerStats has a field for plugins.
-    """
-    from vllm.v1.core.sched.scheduler import Scheduler
 
-    stock: Any = Scheduler.make_stats
-    if getattr(stock, "_kivi", False):
-        return
-
-    due: WeakKeyDictionary[Any, float] = WeakKeyDictionary()
-
-    @functools.wraps(stock)
-    def make_stats(self: Any, *args: Any, **kwargs: Any) -> SchedulerStats | None:
-        stats = stock(self, *args, **kwargs)
-        now = time.monotonic()
-        if stats is not None and (now >= due.get(self, 0.0) or not self.running):
-            due[self] = now + INTERVAL
-            stats.num_kv_fetch_reqs_by_stage.update(cache_counts(self))
-        return stats
-
-    make_stats._kivi = True  # type: ignore[attr-defined]
-    Scheduler.make_stats = make_stats  # type: ignore[method-assign]
+def due_counts(scheduler: Any) -> dict[str, int]:
+    """What cache_counts says, now and then, and when nothing runs any more."""
+    now = time.monotonic()
+    if scheduler.running and now < _due.get(scheduler, 0.0):
+        return {}
+    _due[scheduler] = now + INTERVAL
+    return cache_counts(scheduler)
 
 
 def cache_counts(scheduler: Any) -> dict[str, int]:
@@ -124,22 +112,5 @@ def cache_counts(scheduler: Any) -> dict[str, int]:
 
 
 def add_stat_logger() -> None:
-    """Give engines with our cache a stat logger of ours; called where a configuration with it is checked.
-
-    Why: vLLM's plugins for stat loggers (vllm.stat_logger_plugins) load in every server where this package is
-    installed, whatever its cache, and switch statistics on where --disable-log-stats switched them off. How: add it to
-    the loggers that vLLM made, in front of them. Remove when such plugins can decline.
-    """
-    stock: Any = StatLoggerManager.__init__
-    if getattr(stock, "_kivi", False):
-        return
-
-    @functools.wraps(stock)
-    def init(self: Any, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
-        stock(self, vllm_config, *args, **kwargs)
-        if vllm_config.cache_config.cache_dtype in PRESETS:
-            # vLLM's Prometheus logger, made just now, has unregistered all earlier metrics named vllm:.
-            self.stat_loggers.insert(0, KiviStatLogger(vllm_config, self.engine_indexes))
-
-    init._kivi = True  # type: ignore[attr-defined]
-    StatLoggerManager.__init__ = init  # type: ignore[method-assign]
+    """Give engines with our cache a stat logger of ours; called where a configuration with it is checked."""
+    compat.add_stat_logger(lambda dtype: dtype in PRESETS, KiviStatLogger)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import support
 import torch
 from torch import Tensor
 
@@ -175,6 +176,17 @@ def assert_as_exact_as_torch(
         error, bound = norm((output.double() - exact).abs()), 2 * norm((own - exact).abs())
         # A row of one token is exact in PyTorch; a rounding or two of float32 is not an error of the kernel.
         assert error <= bound + 2e-7 * norm(exact.abs()), f"{name} error {error:.3g}, PyTorch's own {bound / 2:.3g}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A test that the README's support matrix names fails where it is skipped."""
+    report = yield
+    test = f"{item.path.name}::{item.name}"
+    if report.skipped and not {test, test.partition("[")[0]}.isdisjoint(support.claimed()):
+        report.outcome = "failed"
+        report.longrepr = f"README's support matrix names {test}, which was skipped: {report.longrepr}"
+    return report
 
 
 @pytest.fixture(params=["avx512", "avx2", "portable"])

@@ -54,7 +54,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = [
             (nvcc, source, arch, folder)
-            for source in SOURCES
+            for source in reversed(SOURCES)  # store takes longest
             for arch in args.arch
             if args.all or arch == TUNED or TWIN not in source.name
         ]

@@ -262,6 +262,11 @@ ROWS = {
         ),
         Row("Gauges in `/metrics`", ("test_metrics.py::test_an_engine_reports_its_requests",)),
         Row("`vllm-kivi eval`", ("test_cli.py::test_scores_are_those_of_transformers",), Gpu(BOTH)),
+        Row(
+            "`KiviCache` in transformers",
+            ("test_transformers.py::test_logits_are_the_oracles",),
+            note="Llama, Qwen2, Qwen3, Mistral, Gemma 2 and 3",
+        ),
         Row("Another vLLM than 0.32 and 0.33", ("test_errors.py::test_versions",), refused="supports vLLM 0.32, 0.33"),
     ),
 }

@@ -141,16 +141,14 @@ def test_an_eagle3_head_changes_nothing(model: Path, eagle3: Path, plain: Run) -
 
 
 def test_a_head_reads_its_own_pages(model: Path, eagle: Path, bypass: Run) -> None:
-    """Wrong pages would not change what is said, only what is drafted: in the bypass it must be what `auto` drafts."""
-    auto = run(model, "auto", ("eagle", eagle))
-    check_same(bypass.outputs[0], auto.outputs[0])
-    assert bypass.counts[0] == auto.counts[0]
-
-
-def test_hits_end_a_block_earlier(bypass: Run) -> None:
-    """vLLM computes the last block of a hit again, for the hidden states that a head needs; drafts are as good."""
-    first, again = bypass.outputs
-    check_same(again, first)
-    hits = [output.num_cached_tokens for output in again]
-    assert hits == [max(0, (length - 1) // BLOCK - 1) * BLOCK for length in LENGTHS]
-    assert bypass.counts[1] == tuple(2 * count for count in bypass.counts[0])
+    """Wrong pages would not change what is said, only what is drafted: in the bypass it must be what `auto` drafts,
+    after hits as well. These end as in `auto`: 0.32 computes the last block of a hit again, since a head reads one
+    token past it; 0.33 need not, since that token is part of the block's hash."""
+    auto = run(model, "auto", ("eagle", eagle), passes=2, block_size=BLOCK)
+    for own, wanted in zip(bypass.outputs, auto.outputs, strict=True):
+        check_same(own, wanted)
+    hits, wanted_hits = (
+        [output.num_cached_tokens for output in outputs[1]] for outputs in (bypass.outputs, auto.outputs)
+    )
+    assert hits == wanted_hits and sum(hits) > 1000
+    assert bypass.counts == auto.counts

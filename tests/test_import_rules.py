@@ -21,7 +21,7 @@ RANKS = (
     {"format"},
     {"options", "reference", "triton_ops"},
     {"ops"},
-    {"compat"},
+    {"compat", "transformers"},
     {"backend"},
     {"plugin"},
     {"evaluate"},

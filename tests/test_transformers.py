@@ -1,0 +1,635 @@
+"""KiviCache in transformers: tiny random models, against the oracle of attention (oracle.py) and DynamicCache."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import oracle
+import pytest
+import torch
+import transformers
+from test_models import FAMILIES, SIZES, save
+from torch import Tensor
+from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+
+from vllm_kivi import ops
+from vllm_kivi.format import LAYOUT_FIELDS
+from vllm_kivi.options import KiviOptions
+from vllm_kivi.transformers import KiviCache
+from vllm_kivi.transformers.pages import GROWTH, Pages
+
+LENGTH = 330
+TOLERANCE = 2e-4
+SMALL: dict[str, Any] = {"residual_length": 32}
+GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None}
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("llama"), "LlamaConfig", {})
+
+
+@pytest.fixture(scope="module")
+def loaded_llama(path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+
+@pytest.fixture
+def llama(loaded_llama) -> PreTrainedModel:
+    loaded_llama.set_attn_implementation("kivi")
+    return loaded_llama
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+def ids(length: int, seed: int = 0, rows: int = 1) -> Tensor:
+    return torch.randint(2, SIZES["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def run(model: PreTrainedModel, cache: Any, said: Tensor, steps: Sequence[int], mask: Tensor | None = None) -> Tensor:
+    """Log-probabilities [rows, tokens, vocabulary] of tokens that reach the model in steps of so many."""
+    assert sum(steps) == said.shape[1]
+    outputs, first = [], cache.get_seq_length()
+    for part in said.split(list(steps), 1):
+        arguments: dict[str, Any] = {}
+        if mask is not None:
+            arguments["attention_mask"] = mask[:, : first + part.shape[1]]
+            arguments["position_ids"] = (arguments["attention_mask"].cumsum(1) - 1).clamp(min=0)[:, first:]
+        outputs.append(model(part, past_key_values=cache, **arguments).logits)
+        first += part.shape[1]
+    return torch.cat(outputs, 1).log_softmax(-1)
+
+
+def chunks(prompt: int, chunk: int, decoded: int) -> list[int]:
+    """Steps of a prompt in chunks and of tokens one by one."""
+    return [min(chunk, prompt - start) for start in range(0, prompt, chunk)] + [1] * decoded
+
+
+def expected(model: PreTrainedModel, said: Tensor, prompt: int, chunk: int, make_format: Any) -> Tensor:
+    AttentionInterface.register(oracle.NAME, oracle.attention(make_format, prompt, chunk))
+    model.set_attn_implementation(oracle.NAME)
+    logits = model(said, use_cache=False).logits
+    model.set_attn_implementation("kivi")
+    return logits.log_softmax(-1)
+
+
+def assert_close(actual: Tensor, wanted: Tensor, tolerance: float = TOLERANCE) -> None:
+    torch.testing.assert_close(actual, wanted, atol=tolerance, rtol=0)
+
+
+def assert_equal_but_for_codes(compare: Callable[[int], tuple[Tensor, Tensor]]) -> None:
+    """Log-probabilities of prompts with these seeds, computed in two ways.
+
+    The order of sums can move an element over the edge between two codes, see test_models. One prompt without that is
+    enough for the tolerance, and in all of them the mean is small.
+    """
+    largest = []
+    for seed in range(4):
+        actual, wanted = compare(seed)
+        error = (actual - wanted).abs()
+        assert error.mean() < 50 * TOLERANCE
+        largest.append(error.max().item())
+        if largest[-1] < TOLERANCE:
+            return
+    pytest.fail(f"largest errors {largest}")
+
+
+# ---------------------------------------------------------------------------------------------------------- the oracle
+
+FULL = ("llama3", "qwen2", "qwen3", "mistral")
+SLIDING = ("gemma2", "gemma3")
+STREAMS = {"tokens": (0, 1), "chunks": (290, 120), "prompt": (290, 290), "small_chunks": (290, 9)}  # prompt, chunk
+
+
+@pytest.fixture(scope="module", params=FULL + SLIDING)
+def loaded_family(request, tmp_path_factory) -> tuple[Any, PreTrainedModel]:
+    family = FAMILIES[request.param]
+    path = save(tmp_path_factory.mktemp(request.param), family.config, family.settings)
+    return family, AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+
+@pytest.fixture
+def family(loaded_family) -> tuple[Any, PreTrainedModel]:
+    loaded_family[1].set_attn_implementation("kivi")
+    return loaded_family
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+def test_logits_are_the_oracles(family, stream):
+    """Teacher-forced: token by token, and a prompt in chunks and tokens after it."""
+    (family, model), (prompt, chunk) = family, STREAMS[stream]
+
+    def make_format(head_dim: int, num_kv_heads: int) -> Any:
+        return KiviOptions(**family.options).format(family.cache, head_dim, num_kv_heads, "float32")
+
+    def compare(seed: int) -> tuple[Tensor, Tensor]:
+        said = ids(LENGTH, seed)
+        cache = KiviCache(model.config, family.cache, **family.options)
+        assert cache.is_sliding == [i in family.sliding for i in range(len(cache))]
+        actual = run(model, cache, said, chunks(prompt, chunk, LENGTH - prompt))
+        unquantized = (actual - expected(model, said, prompt, chunk, None)).abs()
+        assert unquantized[:, 290:].mean() > 100 * TOLERANCE
+        return actual, expected(model, said, prompt, chunk, make_format)
+
+    assert_equal_but_for_codes(compare)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_greedy_tokens_of_short_sequences_are_dynamic_caches(path, dtype):
+    """Up to residual_length tokens nothing is quantized."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    wanted = model.generate(ids(100, rows=2), max_new_tokens=28, **GREEDY)
+    for attention in ("kivi", "sdpa", "eager") if dtype == torch.float32 else ("sdpa",):
+        model.set_attn_implementation(attention)
+        cache = KiviCache(model.config)
+        actual = model.generate(ids(100, rows=2), past_key_values=cache, max_new_tokens=28, **GREEDY)
+        assert actual.tolist() == wanted.tolist()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("stream", ["chunks", "small_chunks"])
+def test_other_attention_reads_the_same(llama, attention, stream):
+    prompt, chunk = STREAMS[stream]
+    steps = chunks(prompt, chunk, LENGTH - prompt)
+
+    def compare(seed: int) -> tuple[Tensor, Tensor]:
+        results = []
+        for implementation in (attention, "kivi"):
+            llama.set_attn_implementation(implementation)
+            results.append(run(llama, KiviCache(llama.config), ids(LENGTH, seed, 2), steps))
+        return results[0], results[1]
+
+    assert_equal_but_for_codes(compare)
+
+
+def test_kivi_attention_without_a_kivi_cache(family):
+    """No cache, other caches, padding: ordinary attention, of sliding layers and with soft caps too."""
+    _, model = family
+    said, mask = ids(150, 14, 2), torch.ones(2, 150, dtype=torch.long)
+    mask[0, :40] = 0
+    results = []
+    for attention in ("eager", "kivi"):
+        model.set_attn_implementation(attention)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        plain = model(said, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        cached = run(model, DynamicCache(config=model.config), said, [100, 30] + [1] * 20, mask)
+        results.append((plain[0, 40:], plain[1], cached[0, 40:], cached[1]))
+    for wanted, actual in zip(*results, strict=True):
+        assert_close(actual, wanted)
+
+
+# --------------------------------------------------------------------------------------------------------------- pages
+
+FORMATS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("kivi2", {}),
+    ("kivi2", {"residual_length": 0, "sink_tokens": 0}),
+    ("kivi2", {"residual_length": 50, "sink_tokens": 40}),
+    ("kivi2_boost", {"group_size": 128, "residual_length": 10}),
+    ("kivi_k4v2", {"group_size": 64, "residual_length": 64}),
+    ("kivi8", {"residual_length": 3}),
+)
+
+
+def attended(query: Tensor, own: Tensor, lossy: Tensor, quantized: Tensor) -> Tensor:
+    """What the last rows [heads, q, D] of a sequence read of keys and values [2, T, H, D]: [q, heads, D]."""
+    read = torch.where(quantized[:, None, None], lossy, own).transpose(1, 2).repeat_interleave(2, 1).double()
+    positions = torch.arange(own.shape[1])
+    scores = query.double() @ read[0].transpose(1, 2) * 0.2
+    hidden = positions > positions[-query.shape[1] :, None]
+    return (scores.masked_fill(hidden, -torch.inf).softmax(-1) @ read[1]).transpose(0, 1)
+
+
+@pytest.fixture
+def _tokens_keep_apart(monkeypatch):
+    """No two tokens that one call of the store writes or reads have the same place: their order is not defined."""
+    store = ops.store
+
+    def checked(key, value, quantized, full, quantized_table, full_table, starts, seq_lens, layout):
+        fields = dict(zip(LAYOUT_FIELDS, layout, strict=True))
+        group_size, n = fields["group_size"], fields["full_page_tokens"]
+        for blocks, count, length in zip(full_table, starts.diff().tolist(), seq_lens.tolist(), strict=True):
+            if count:
+                positions = torch.arange((length - count) // group_size * group_size, length)
+                block = blocks[positions // n]
+                places = (block * n + positions % n)[block != 0]
+                assert len(places.unique()) == len(places)
+        store(key, value, quantized, full, quantized_table, full_table, starts, seq_lens, layout)
+
+    monkeypatch.setattr(ops, "store", checked)
+
+
+@pytest.mark.usefixtures("_tokens_keep_apart")
+@pytest.mark.parametrize("dequantizes", [False, True], ids=["prefill", "dequantizes"])
+@pytest.mark.parametrize(("preset", "options"), FORMATS)
+def test_random_steps(preset, options, dequantizes):
+    """Ragged rows in steps of any length, padding anywhere around them: with the same keys there are the same codes."""
+    generator = torch.Generator().manual_seed(1)
+    fmt = KiviOptions(**options).format(preset, 64, 2, "float32")
+    pages = Pages(fmt, 3, torch.device("cpu"), max_crop=5)
+    if dequantizes:
+        pages.has_prefill = False
+    said: list[list[Tensor]] = [[], [], []]  # of each row: keys and values [2, q, H, D] of every step
+    results: list[list[tuple[int, int, Tensor, Tensor]]] = [[], [], []]  # start, boundary, query and output
+    for num_new in (1, 90, 1, 400, 33, 1, 1, 1, 70, 5, 5, 5, 170, *[1] * 35):
+        new = torch.randn(2, 3, 2, num_new, 64, generator=generator) + 0.5
+        query = torch.randn(3, 4, num_new, 64, generator=generator)
+        lengths = [int(torch.randint(num_new + 1, (), generator=generator)) for _ in said]
+        firsts = [int(torch.randint(num_new - length + 1, (), generator=generator)) for length in lengths]
+        real = torch.zeros(3, num_new, dtype=torch.bool)
+        for row, (first, length) in enumerate(zip(firsts, lengths, strict=True)):
+            real[row, first : first + length] = True
+        new.transpose(2, 3)[:, ~real] = 1e6  # what padding holds reaches nobody
+        starts = pages.seq_lens.tolist()
+        output = pages.attend(query, new[0], new[1], real, 0.2, 0.0)
+        assert output.shape == (3, num_new, 4, 64)
+        for row, start in enumerate(starts):
+            said[row].append(new[:, row, :, real[row]].transpose(1, 2))
+            boundary = fmt.boundary(start + 1) if num_new == 1 else min(fmt.boundary(start + 1), start)
+            results[row].append((start, boundary, query[row, :, real[row]], output[row, real[row]]))
+    for steps, row_results in zip(said, results, strict=True):
+        own = torch.cat(steps, 1)
+        lossy, positions = torch.stack(oracle.dequantized(fmt, own[0], own[1])), torch.arange(own.shape[1])
+        quantized = positions >= fmt.sink_tokens
+        for start, boundary, query, output in row_results:
+            length = start + query.shape[1]
+            if length == start:
+                continue
+            below = (quantized & (positions < boundary))[:length]
+            wanted = attended(query, own[:, :length], lossy[:, :length], below)
+            torch.testing.assert_close(output.double(), wanted, atol=2e-5, rtol=1e-5)
+    assert pages.seq_lens.tolist() == [sum(x.shape[1] for x in steps) for steps in said]
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+
+def storage_bytes(root: Any) -> int:
+    """Memory of all tensors that can be reached from an object, whatever it says of itself."""
+    seen: dict[int, Any] = {}
+    storages: dict[int, int] = {}
+    waiting = [root]
+    while waiting:
+        one = waiting.pop()
+        if id(one) in seen or isinstance(one, type) or (callable(one) and not isinstance(one, Tensor)):
+            continue
+        seen[id(one)] = one
+        if isinstance(one, Tensor):
+            storages[one.untyped_storage().data_ptr()] = one.untyped_storage().nbytes()
+        else:
+            waiting += gc.get_referents(one)
+    return sum(storages.values())
+
+
+def fill(cache: KiviCache, heads: int, head_dim: int, steps: Sequence[int]) -> None:
+    """Random tokens in every layer, as attention "kivi" stores them."""
+    for layer in cache.layers:
+        for step in steps:
+            key, value = torch.randn(2, 1, heads, step, head_dim, dtype=torch.bfloat16).unbind()
+            key, value = layer.update(key, value)
+            layer.attend(torch.zeros(1, heads, step, head_dim, dtype=torch.bfloat16), key, value, None, 0.1, 0.0)
+
+
+@pytest.mark.parametrize("steps", [[4096], [4000] + [1] * 96], ids=["prompt", "grown"])
+@pytest.mark.parametrize(("preset", "least"), [("kivi2", 4.0), ("kivi2_boost", 4.0), ("kivi4", 2.6)])
+def test_memory_is_the_formats(llama, preset, least, steps):
+    tokens, heads, head_dim = 4096, 8, 128
+    cache = KiviCache(llama.config, preset)
+    fill(cache, heads, head_dim, steps)
+    fmt = KiviOptions().format(preset, head_dim, heads, "bfloat16")
+    arithmetic = tokens // fmt.page_tokens * fmt.page_bytes + fmt.window_pages(tokens) * fmt.full_page_bytes
+    measured, elements = storage_bytes(cache.layers), len(cache) * tokens * heads * head_dim * 2
+    assert measured == pytest.approx(len(cache) * arithmetic, rel=0.02)
+    assert 2 * elements / measured > least
+    total = cache.info().total
+    assert (total.num_bytes, total.elements, total.compression) == (measured, elements, 2 * elements / measured)
+    assert total.bits_per_element == pytest.approx(16 / total.compression)
+
+
+def test_growth_is_amortized():
+    """Appending costs O(new tokens), and room that waits for tokens stays below 1 %."""
+    pages = Pages(KiviOptions().format("kivi2", 64, 1, "bfloat16"), 1, torch.device("cpu"))
+    moved = 0
+    for needed in range(1, 3000):
+        before, room = pages.memory, pages.row_pages
+        pages._reserve(needed * pages.fmt.page_tokens)
+        moved += room if pages.memory is not before else 0
+        assert needed <= pages.row_pages <= needed + max(1, 0.01 * needed)
+    assert moved <= 2 * GROWTH * needed
+
+
+def test_steps_move_no_pages_and_read_no_tensor(llama, monkeypatch):
+    """With max_cache_len every buffer stays where it is, and Python never looks into a tensor."""
+    cache = KiviCache(llama.config, max_cache_len=256, **SMALL)
+    run(llama, cache, ids(150), [150])
+
+    def places() -> list[int]:
+        pages = [layer.pages for layer in cache.layers]
+        return [x.data_ptr() for p in pages for x in (p.memory, p.quantized_table, p.full_table)]
+
+    def refuse(*args: Any) -> None:
+        raise AssertionError("a tensor is read")
+
+    before = places()
+    with monkeypatch.context() as patched:
+        for name in ("item", "tolist", "__bool__", "__int__", "__index__"):
+            patched.setattr(Tensor, name, refuse)
+        for step in range(80):
+            llama(ids(1, step), past_key_values=cache)
+    assert places() == before
+
+
+def test_max_cache_len(llama):
+    said, steps = ids(200), chunks(150, 70, 50)
+    grown, fixed = KiviCache(llama.config), KiviCache(llama.config, max_cache_len=200)
+    assert torch.equal(run(llama, grown, said, steps), run(llama, fixed, said, steps))
+    assert (grown.get_max_length(), fixed.get_max_length()) == (-1, 200)
+    with pytest.raises(ValueError, match="201 tokens do not fit a cache of max_cache_len=200; make it larger"):
+        run(llama, fixed, ids(1), [1])
+
+
+def test_info(llama, caplog):
+    cache = KiviCache(llama.config, residual_length=32, sink_tokens=4)
+    run(llama, cache, ids(40, rows=2), [40])
+    assert cache.info().total.quantized_tokens == 0
+    assert "nothing in this cache is quantized (160 tokens in 2 layers)" in caplog.text
+    caplog.clear()
+    run(llama, cache, ids(60, rows=2), [60])
+    info = cache.info()
+    assert not caplog.text
+    # 100 tokens: those below 64 are read quantized, but for the sinks.
+    assert [(layer.quantized_tokens, layer.full_tokens) for layer in info.layers] == [(2 * 60, 2 * 40)] * 2
+    assert str(info).splitlines()[1].split()[:3] == ["0", "120", "80"]
+
+
+def test_bypass_warns(llama, caplog):
+    caplog.set_level(logging.WARNING)
+    cache = KiviCache(llama.config, full_precision=True)
+    run(llama, cache, ids(300), [300])
+    assert cache.info().total.quantized_tokens == 0
+    assert "nothing in this cache is quantized (600 tokens in 2 layers)" in caplog.text
+
+
+# ------------------------------------------------------------------------------------------------------------- batches
+
+LENGTHS = (230, 1, 97, 64, 163)
+DECODED = 40
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("steps", [[230], [100, 100, 30], [7] * 32 + [6]], ids=["prompt", "chunks", "small_chunks"])
+def test_padding_is_not_stored(llama, side, steps):
+    """Rows of a ragged batch say what each says alone in the same chunks."""
+    longest, rows = max(LENGTHS), len(LENGTHS)
+    mask = torch.zeros(rows, longest + DECODED, dtype=torch.long)
+    mask[:, longest:] = 1
+    for row, length in enumerate(LENGTHS):
+        mask[row, longest - length : longest] = 1
+    if side == "right":
+        mask[:, :longest] = mask[:, :longest].flip(1)
+
+    def compare(seed: int) -> tuple[Tensor, Tensor]:
+        said = ids(longest + DECODED, seed, rows)
+        cache = KiviCache(llama.config, **SMALL)
+        actual = run(llama, cache, said, steps + [1] * DECODED, mask)
+        assert torch.isfinite(actual).all()
+        assert [layer.pages.seq_lens.tolist() for layer in cache.layers] == [[n + DECODED for n in LENGTHS]] * 2
+        alone = []
+        for row in range(rows):
+            own_steps = [n for n in (int(part.sum()) for part in mask[row, :longest].split(steps)) if n]
+            own, cache = said[row : row + 1, mask[row].bool()], KiviCache(llama.config, **SMALL)
+            alone.append(run(llama, cache, own, own_steps + [1] * DECODED)[0])
+        return actual[mask.bool()], torch.cat(alone)
+
+    assert_equal_but_for_codes(compare)
+
+
+def test_padded_generation(llama):
+    """transformers' own masks and positions."""
+    said, lengths = ids(200, 2, 3), (200, 60, 141)
+    mask = torch.zeros_like(said)
+    for row, length in enumerate(lengths):
+        mask[row, -length:] = 1
+    settings = {"max_new_tokens": 40} | GREEDY
+    together = llama.generate(said, attention_mask=mask, past_key_values=KiviCache(llama.config, **SMALL), **settings)
+    for row, length in enumerate(lengths):
+        own, cache = said[row : row + 1, -length:], KiviCache(llama.config, **SMALL)
+        assert (
+            together[row, 200:].tolist() == llama.generate(own, past_key_values=cache, **settings)[0, length:].tolist()
+        )
+
+
+def test_padded_generation_with_other_attention(llama):
+    """Padding is stored then, and the model's own mask hides it: with the bypass, as in DynamicCache."""
+    said, mask = ids(200, 2, 2), torch.ones(2, 200, dtype=torch.long)
+    mask[1, :77] = 0
+    llama.set_attn_implementation("sdpa")
+    settings = {"attention_mask": mask, "max_new_tokens": 40} | GREEDY
+    wanted = llama.generate(said, **settings)
+    cache = KiviCache(llama.config, full_precision=True, **SMALL)
+    assert llama.generate(said, past_key_values=cache, **settings).tolist() == wanted.tolist()
+
+
+@pytest.mark.parametrize(
+    ("how", "argument", "rows"),
+    [
+        ("reorder_cache", torch.tensor([2, 0, 0]), [2, 0, 0]),
+        ("batch_select_indices", torch.tensor([2, 0]), [2, 0]),
+        ("batch_select_indices", torch.tensor([True, False, True]), [0, 2]),
+        ("batch_repeat_interleave", 2, [0, 0, 1, 1, 2, 2]),
+    ],
+)
+def test_rows_move(llama, how, argument, rows):
+    steps = [20] + [1] * 40
+
+    def compare(seed: int) -> tuple[Tensor, Tensor]:
+        said, more = ids(170, seed, 3), ids(60, seed + 10, len(rows))
+        cache, other = KiviCache(llama.config, **SMALL), KiviCache(llama.config, **SMALL)
+        run(llama, cache, said, [100, 70])
+        getattr(cache, how)(argument)
+        assert cache.batch_size == len(rows)
+        run(llama, other, said[rows], [100, 70])
+        return run(llama, cache, more, steps), run(llama, other, more, steps)
+
+    assert_equal_but_for_codes(compare)
+
+
+def test_beam_search(llama):
+    """With the bypass nothing is quantized, so beams are DynamicCache's: only the order of rows can break them."""
+    settings = {"num_beams": 3, "max_new_tokens": 40} | GREEDY
+    wanted = llama.generate(ids(120, 5, 2), **settings)
+    cache = KiviCache(llama.config, full_precision=True, **SMALL)
+    assert llama.generate(ids(120, 5, 2), past_key_values=cache, **settings).tolist() == wanted.tolist()
+
+
+@pytest.mark.parametrize("count", [1, 12, 20])
+def test_crop_within_max_crop_is_exact(llama, count):
+    """As if the tokens had never been there, though groups were quantized and the ring was written."""
+    said, wrong, more = ids(158, 6), ids(count, 7), ids(60, 8)  # the next step reads a longest window
+    cache, other = (KiviCache(llama.config, max_crop=20, **SMALL) for _ in range(2))
+    for one in (cache, other):
+        run(llama, one, said, [158])
+    for _ in range(3):
+        run(llama, cache, wrong, [count])
+        cache.crop(-count)
+    assert cache.get_seq_length() == 158
+    steps = [30] + [1] * 30
+    assert torch.equal(run(llama, cache, more, steps), run(llama, other, more, steps))
+
+
+@pytest.mark.usefixtures("_tokens_keep_apart")
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("options", [{"sink_tokens": 0}, {"sink_tokens": 6, "residual_length": 0}])
+def test_random_crops(options, seed):
+    """Exact with the bypass, whose quantized pages lose nothing: every token that the ring forgot comes back."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def number(end: int) -> int:
+        return int(torch.randint(end, (), generator=generator))
+
+    fmt = KiviOptions(full_precision=True, **{"residual_length": 32} | options).format("kivi2", 64, 1, "float32")
+    pages = Pages(fmt, 1, torch.device("cpu"), max_crop=15 * (seed % 2))
+    said = torch.zeros(2, 0, 1, 64)
+    for _ in range(80):
+        pages.memory[: fmt.full_page_bytes] = 255  # the null block
+        num_new = (1, 1 + number(9), 1 + number(120))[number(3)]
+        new, query = torch.randn(2, 1, 1, num_new, 64, generator=generator), torch.randn(1, 2, num_new, 64)
+        said = torch.cat((said, new[:, 0].transpose(1, 2)), 1)
+        output = pages.attend(query, new[0], new[1], None, 0.2, 0.0)
+        wanted = attended(query[0], said, said, torch.ones(said.shape[1], dtype=torch.bool))
+        torch.testing.assert_close(output[0].double(), wanted, atol=2e-5, rtol=1e-5)
+        for _ in range(number(3)):
+            count = (number(4), number(20), number(said.shape[1] + 1))[min(number(5), 2)]
+            pages.crop(count)
+            said = said[:, : max(said.shape[1] - count, 0)]
+        assert pages.num_positions == said.shape[1] == pages.seq_lens.item()
+
+
+def test_crop_reads_again_what_was_quantized(llama):
+    cache = KiviCache(llama.config, **SMALL)
+    run(llama, cache, ids(300, 6), [300])
+    pages = cache.layers[0].pages
+    whole = pages._dequantized(pages._boundary(pages.seq_lens))
+    cache.crop(160)  # a positive number is the length to keep
+    assert cache.get_seq_length() == 160
+    assert pages._boundary(pages.seq_lens).tolist() == [128]
+    for now, before in zip(pages._dequantized(pages._boundary(pages.seq_lens)), whole, strict=True):
+        assert torch.equal(now, before[:, :, :160])
+
+
+def test_assisted_decoding(llama):
+    """Guesses from the prompt, most of them wrong and cropped."""
+    said, settings = ids(30, 9).repeat(1, 5), {"max_new_tokens": 60} | GREEDY
+    wanted = llama.generate(said, **settings)
+    cache = KiviCache(llama.config, full_precision=True, max_crop=4, **SMALL)
+    actual = llama.generate(said, past_key_values=cache, prompt_lookup_num_tokens=4, **settings)
+    assert actual.tolist() == wanted.tolist()
+
+
+# -------------------------------------------------------------------------------------------------------------- copies
+
+
+@pytest.mark.parametrize("how", ["copy", "file"])
+def test_a_prompt_is_used_again(family, tmp_path, how):
+    """A copy goes on as the original does, and changes nothing in it."""
+    family, model = family
+    cache = KiviCache(model.config, family.cache, max_crop=3, **family.options)
+    run(model, cache, ids(200, 10), [200])
+
+    def again() -> KiviCache:
+        if how == "copy":
+            return copy.deepcopy(cache)
+        cache.save(tmp_path / "prompt.pt")
+        return KiviCache.load(tmp_path / "prompt.pt", model.config)
+
+    steps = [10] + [1] * 40
+    copies = again(), again()
+    # With another attention, which a copy must notice: it sees the model's own configuration.
+    model.set_attn_implementation("sdpa")
+    run(model, copies[0], ids(50, 11), steps)
+    model.set_attn_implementation("kivi")
+    wanted = run(model, copies[1], ids(50, 12), steps)
+    assert torch.equal(run(model, cache, ids(50, 12), steps), wanted)
+    assert copies[1].info() == cache.info()
+
+
+def test_load_refuses(llama, tmp_path):
+    path = tmp_path / "prompt.pt"
+    cache = KiviCache(llama.config)
+    run(llama, cache, ids(50), [50])
+    cache.save(path)
+    with pytest.raises(ValueError, match="has 2 layers, the model 3; use the model that it was made with"):
+        KiviCache.load(path, transformers.LlamaConfig(**SIZES | {"num_hidden_layers": 3}))
+    data = torch.load(path)
+    data["layers"][0]["pages"]["layout"][-1] += 16
+    torch.save(data, path)
+    with pytest.raises(ValueError, match="another version, whose pages lie otherwise; make the cache again"):
+        KiviCache.load(path, llama.config)
+
+
+def test_reset(llama):
+    said, steps = ids(150, 13), [100] + [1] * 50
+    cache = KiviCache(llama.config, **SMALL)
+    wanted = run(llama, cache, said, steps)
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    assert torch.equal(run(llama, cache, said, steps), wanted)
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"preset": "kivi3"}, "preset='kivi3' is not supported; accepted: kivi2, "),
+        ({"bits": 2}, "unknown option 'bits'; accepted: group_size, "),
+        ({"group_size": 16}, "group_size=16 is not supported; accepted: 32, 64, 128"),
+        ({"boosted_fraction": 4}, "boosted_fraction=4 is not supported with kivi2"),
+        ({"max_cache_len": -1}, "max_cache_len=-1 is not supported; accepted: an integer of 0 or more"),
+        ({"max_crop": 1.5}, "max_crop=1.5 is not supported"),
+    ],
+)
+def test_refused_options(llama, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        KiviCache(llama.config, **arguments)
+
+
+def test_refused_models():
+    with pytest.raises(ValueError, match="head size 48 is not supported; accepted: 64, "):
+        KiviCache(transformers.LlamaConfig(**SIZES | {"head_dim": 48}))
+    with pytest.raises(ValueError, match="nothing would be quantized"):
+        KiviCache(transformers.MistralConfig(**SIZES | {"sliding_window": 200}))
+
+
+def test_gradients_are_refused(llama):
+    with (
+        torch.inference_mode(False),
+        pytest.raises(ValueError, match=r"no gradients; run the model under torch.no_grad"),
+    ):
+        llama(ids(10).clone(), past_key_values=KiviCache(llama.config))
+
+
+def test_refused_steps(llama):
+    cache = KiviCache(llama.config)
+    run(llama, cache, ids(20), [20])
+    with pytest.raises(ValueError, match="a batch of 2 rows does not fit this cache of 1"):
+        run(llama, cache, ids(1, rows=2), [1])
+    mask = torch.ones(1, 30, dtype=torch.long)
+    mask[0, 25] = 0
+    with pytest.raises(ValueError, match="padding between tokens of a row"):
+        llama(ids(10), past_key_values=cache, attention_mask=mask)
+    with pytest.raises(ValueError, match="never got the keys of the last step"):
+        run(llama, cache, ids(1), [1])
+    cache.reset()
+    with pytest.raises(ValueError, match=r"attention_mask has 5 columns, .* 10 tokens; pass the mask of all tokens"):
+        llama(ids(10), past_key_values=cache, attention_mask=mask[:, :5])
+    with pytest.raises(ValueError, match="does not support a mask that is not causal"):
+        llama(ids(10), past_key_values=cache, attention_mask=torch.ones(1, 1, 10, 10).bool())

@@ -1,0 +1,348 @@
+"""KiviCache: a cache of transformers that holds packed codes."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+from vllm_kivi.format import HEAD_DIMS, PRESETS
+from vllm_kivi.options import KiviOptions
+from vllm_kivi.transformers.attention import LAYER, NAME
+from vllm_kivi.transformers.pages import Pages
+
+logger = logging.getLogger("vllm_kivi.transformers")
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """What one layer's cache holds: tokens of all rows, without padding where attention "kivi" knew of it."""
+
+    quantized_tokens: int  # that the next token reads quantized
+    full_tokens: int
+    num_bytes: int  # memory, tables and room for tokens to come included
+    elements: int  # numbers in the keys and values of all tokens
+    dtype_bytes: int  # of a number that is not quantized
+
+    @property
+    def bits_per_element(self) -> float:
+        return 8 * self.num_bytes / max(self.elements, 1)
+
+    @property
+    def compression(self) -> float:
+        """How often the bytes fit into those of the same tokens in the model's dtype."""
+        return self.elements * self.dtype_bytes / max(self.num_bytes, 1)
+
+
+@dataclass(frozen=True)
+class CacheInfo:
+    """What a cache holds, layer by layer."""
+
+    preset: str
+    layers: tuple[LayerInfo, ...]
+
+    @property
+    def total(self) -> LayerInfo:
+        """Sums of all layers: a token counts once in each."""
+        names = ("quantized_tokens", "full_tokens", "num_bytes", "elements")
+        sums = {name: sum(getattr(layer, name) for layer in self.layers) for name in names}
+        return LayerInfo(**sums, dtype_bytes=max((layer.dtype_bytes for layer in self.layers), default=0))
+
+    def __str__(self) -> str:
+        lines = [f"{self.preset}: layer, tokens quantized and in full precision, MiB, bits per element, compression"]
+        for name, layer in [*enumerate(self.layers), ("all", self.total)]:
+            lines.append(
+                f"{name:>5} {layer.quantized_tokens:9,} {layer.full_tokens:9,} {layer.num_bytes / 2**20:10.2f} "
+                f"{layer.bits_per_element:6.2f} {layer.compression:6.2f}x"
+            )
+        return "\n".join(lines)
+
+
+class KiviLayer(CacheLayerMixin):
+    """One attention layer of a KiviCache; its pages are made at the first update."""
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, config: Any, preset: str, options: KiviOptions, max_cache_len: int, max_crop: int) -> None:
+        super().__init__()
+        self.config = config
+        self.preset = preset
+        self.options = options
+        self.max_cache_len = max_cache_len
+        self.max_crop = max_crop
+        self.pages: Pages | None = None
+        self._unattended = False  # there are keys that attention "kivi" has yet to store
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make the pages for keys and values like these: [B, H, q, D].
+
+        Raises:
+            ValueError: values of another size than keys, or a head size or dtype that is not supported.
+        """
+        if key_states.shape != value_states.shape:
+            raise ValueError(
+                f"kivi: values {list(value_states.shape)} of another size than keys {list(key_states.shape)} are not "
+                "supported; use DynamicCache"
+            )
+        batch_size, num_kv_heads, _, head_dim = key_states.shape
+        dtype = str(key_states.dtype).removeprefix("torch.")
+        fmt = self.options.format(self.preset, head_dim, num_kv_heads, dtype)
+        self._take(Pages(fmt, batch_size, key_states.device, self.max_cache_len, self.max_crop))
+
+    def _take(self, pages: Pages) -> None:
+        self.pages = pages
+        self.is_initialized = True
+
+    @property
+    def batch_size(self) -> int:
+        return self.pages.batch_size if self.pages else -1
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Take new keys and values [B, H, q, D].
+
+        Returns:
+            With attn_implementation="kivi" the same tensors, which the attention function stores; else all keys and
+            values that the step attends to, dequantized: [B, H, tokens, D].
+
+        Raises:
+            ValueError: gradients, another batch size, a full cache, or attention that did not store what it got.
+        """
+        if self._unattended:
+            raise ValueError(
+                'kivi: attention "kivi" never got the keys of the last step: the model changed them after its cache '
+                'took them, or failed; use attn_implementation="sdpa", or reset() the cache'
+            )
+        if key_states.requires_grad or value_states.requires_grad:
+            raise ValueError("kivi: a KiviCache has no gradients; run the model under torch.no_grad()")
+        if self.pages is None:
+            self.lazy_initialization(key_states, value_states)
+        assert self.pages is not None
+        if len(key_states) != self.batch_size:
+            raise ValueError(
+                f"kivi: a batch of {len(key_states)} rows does not fit this cache of {self.batch_size}; make a new "
+                "cache, or use batch_repeat_interleave or batch_select_indices"
+            )
+        if self.config._attn_implementation != NAME:
+            return self.pages.append(key_states, value_states)
+        self._unattended = True
+        setattr(key_states, LAYER, self)
+        return key_states, value_states
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, logits_soft_cap: float
+    ) -> Tensor:
+        """Store what `update` got and attend: query [B, heads, q, D], mask bool [B, tokens] -> [B, q, heads, D]."""
+        assert self.pages is not None
+        real = None
+        if mask is not None:
+            real = mask[:, -key.shape[2] :]
+            if real.device.type == "cpu":  # On a GPU this would wait for it.
+                _check_padding(real)
+        output = self.pages.attend(query, key, value, real, scale, logits_soft_cap)
+        self._unattended = False
+        return output
+
+    def get_seq_length(self) -> int:
+        """Tokens of a row, padding included."""
+        return self.pages.num_positions if self.pages else 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return self.max_cache_len or -1
+
+    def reset(self) -> None:
+        self._unattended = False
+        if self.pages:
+            self.pages.reset()
+
+    def offload(self) -> None:
+        raise NotImplementedError("kivi: a KiviCache cannot be offloaded; use DynamicCache(offloading=True)")
+
+    def prefetch(self) -> None:
+        self.offload()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.pages:
+            self.pages.select(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.pages:
+            rows = torch.arange(self.batch_size, device=indices.device)
+            self.pages.select(rows[indices])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove -tokens_to_remove tokens; a positive number is the length to keep, as in transformers."""
+        if self.pages:
+            length = self.get_seq_length()
+            self.pages.crop(max(length - tokens_to_remove, 0) if tokens_to_remove > 0 else -tokens_to_remove)
+
+    def info(self) -> LayerInfo:
+        if self.pages is None:
+            return LayerInfo(0, 0, 0, 0, 0)
+        fmt, lengths = self.pages.fmt, self.pages.seq_lens.tolist()
+        quantized = 0 if fmt.full_precision else sum(max(0, fmt.boundary(n) - fmt.sink_tokens) for n in lengths)
+        elements = sum(lengths) * fmt.num_kv_heads * 2 * fmt.head_dim
+        return LayerInfo(quantized, sum(lengths) - quantized, self.pages.num_bytes, elements, fmt.element_bytes)
+
+    def state(self) -> dict[str, Any] | None:
+        if self.pages is None:
+            return None
+        fmt = self.pages.fmt
+        shape = {"head_dim": fmt.head_dim, "num_kv_heads": fmt.num_kv_heads, "dtype": fmt.dtype}
+        return {"shape": shape, "pages": self.pages.state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        fmt = self.options.format(self.preset, **state["shape"])
+        self._take(Pages.restored(fmt, state["pages"]))
+
+
+def _check_padding(real: Tensor) -> None:
+    """Refuse padding between tokens: real bool [B, q]."""
+    q = real.shape[1]
+    first, last = real.int().argmax(1), q - 1 - real.flip(1).int().argmax(1)
+    if ((last - first + 1 != real.sum(1)) & real.any(1)).any():
+        raise ValueError("kivi: attention_mask has padding between tokens of a row; pad at the left or at the right")
+
+
+class KiviCache(Cache):
+    """A KV cache of a few bits per number for `model.generate(..., past_key_values=KiviCache(model.config))`.
+
+    With a model of `attn_implementation="kivi"` attention reads the packed pages. With any other attention the cache
+    dequantizes all of a layer at every step, and padding is stored like any token.
+
+    Layers with a sliding window, and layers that are not attention, keep the cache that DynamicCache gives them.
+
+    Args:
+        config: the model's own configuration, model.config: the cache looks there which attention the model uses.
+        preset: "kivi2", "kivi2_boost", "kivi_k4v2", "kivi4" or "kivi8", see the README.
+        max_cache_len: tokens of a row, with padding, whose memory is taken at once; None: the cache grows.
+        max_crop: most tokens that `crop` removes without loss, as assisted decoding does in every step: as many more
+            stay in full precision. What a larger crop leaves has its last tokens as they were quantized.
+        options: those of KiviOptions, such as residual_length=64.
+
+    Raises:
+        ValueError: for an unknown preset or option, a bad value, or a model in which nothing would be quantized.
+    """
+
+    def __init__(
+        self, config: Any, preset: str = "kivi2", *, max_cache_len: int | None = None, max_crop: int = 0, **options: Any
+    ) -> None:
+        if preset not in PRESETS:
+            raise ValueError(f"kivi: preset={preset!r} is not supported; accepted: {', '.join(PRESETS)}")
+        for name, value in (("max_cache_len", max_cache_len), ("max_crop", max_crop)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+                raise ValueError(f"kivi: {name}={value!r} is not supported; accepted: an integer of 0 or more")
+        own = KiviOptions.from_additional_config({"kivi": options})
+        text_config = config.get_text_config(decoder=True)
+        head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+        if head_dim not in HEAD_DIMS:
+            accepted = ", ".join(map(str, HEAD_DIMS))
+            raise ValueError(f"kivi: head size {head_dim} is not supported; accepted: {accepted}; use DynamicCache")
+        own.format(preset, head_dim, 1, "bfloat16")  # refuses what does not go together
+        layers = [
+            KiviLayer(text_config, preset, own, max_cache_len or 0, max_crop) if type(layer) is DynamicLayer else layer
+            for layer in DynamicCache(config=config).layers
+        ]
+        if not any(isinstance(layer, KiviLayer) for layer in layers):
+            raise ValueError(
+                "kivi: nothing would be quantized: no layer of this model has attention without a sliding window; "
+                "use DynamicCache"
+            )
+        super().__init__(layers=layers)
+        self.preset = preset
+        self.settings = {"preset": preset, "max_cache_len": max_cache_len, "max_crop": max_crop} | options
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KiviCache:
+        """A copy for the same model: it still sees which attention that uses."""
+        for layer in self.layers:
+            if isinstance(layer, KiviLayer):
+                memo[id(layer.config)] = layer.config
+        new = copy.copy(self)
+        new.layers = copy.deepcopy(self.layers, memo)
+        return new
+
+    def info(self) -> CacheInfo:
+        """What the cache holds; waits for the device. Warns when nothing is quantized."""
+        info = CacheInfo(self.preset, tuple(_layer_info(layer) for layer in self.layers))
+        if not info.total.quantized_tokens:
+            logger.warning(
+                "kivi: nothing in this cache is quantized (%d tokens in %d layers): a row stays in full precision up "
+                "to residual_length tokens, and always with full_precision=True",
+                info.total.full_tokens,
+                len(info.layers),
+            )
+        return info
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the cache to a file, packed as it is: a prompt that is computed once and used again.
+
+        Raises:
+            ValueError: the model has layers other than attention.
+        """
+        layers = [layer.state() if isinstance(layer, KiviLayer) else _sliding_state(layer) for layer in self.layers]
+        torch.save({"settings": self.settings, "layers": layers}, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], config: Any, device: Any = None) -> KiviCache:
+        """The cache that `save` wrote, for the same model.
+
+        Args:
+            config: model.config.
+            device: where all layers go; None: each to the device that it was on.
+
+        Raises:
+            ValueError: the file is of another model, or of another version of this package.
+        """
+        data = torch.load(path, map_location=device, weights_only=True)
+        cache = cls(config, **data["settings"])
+        if len(data["layers"]) != len(cache.layers):
+            raise ValueError(
+                f"kivi: {path} has {len(data['layers'])} layers, the model {len(cache.layers)}; use the model that it "
+                "was made with"
+            )
+        for layer, state in zip(cache.layers, data["layers"], strict=True):
+            if state is None:
+                continue
+            if isinstance(layer, KiviLayer):
+                layer.restore(state)
+            else:
+                _restore_sliding(layer, state)
+        return cache
+
+
+def _sliding_state(layer: Any) -> dict[str, Any] | None:
+    if not isinstance(layer, DynamicSlidingWindowLayer):
+        raise ValueError(f"kivi: a cache with layers of type {type(layer).__name__} cannot be saved; compute it again")
+    if not layer.is_initialized:
+        return None
+    # Cloned, because they are windows of larger tensors.
+    tensors = {name: getattr(layer, name).clone() for name in ("keys", "values")}
+    return tensors | {"length": layer.cumulative_length}
+
+
+def _restore_sliding(layer: Any, state: dict[str, Any]) -> None:
+    layer.lazy_initialization(state["keys"], state["values"])
+    layer.keys, layer.values, layer.cumulative_length = state["keys"], state["values"], state["length"]
+
+
+def _layer_info(layer: Any) -> LayerInfo:
+    if isinstance(layer, KiviLayer):
+        return layer.info()
+    tensors = [x for x in (getattr(layer, "keys", None), getattr(layer, "values", None)) if x is not None]
+    tokens = sum(x.shape[0] * x.shape[2] for x in tensors[:1])
+    elements = sum(x.numel() for x in tensors)
+    num_bytes = sum(x.untyped_storage().nbytes() for x in tensors)
+    return LayerInfo(0, tokens, num_bytes, elements, max((x.element_size() for x in tensors), default=0))

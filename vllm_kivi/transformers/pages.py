@@ -1,0 +1,413 @@
+"""Pages of one layer for a batch of sequences, without an engine that hands them out.
+
+The two page types and the rules of what attends to what are those of docs/DESIGN.md; here a row of the batch simply
+owns its pages, and block tables are arithmetic:
+
+    full pages: [1 + B * (S + W)]; a row's first S hold the sinks, the others are a ring of the last tokens: column c of
+        the block table is page c where c < S, else page S + c % W.
+    quantized pages: [1 + B * Q]; column c of row b is block 1 + b * Q + c. Q grows, or is fixed.
+
+Block 0 is the null block, which nobody reads or writes: that of the quantized pages is the end of the full ones.
+Padding never reaches a page: what a step brings is cut into requests of the ops, and those that are padding have block
+tables of null blocks.
+
+Shapes in this file: B rows, q new tokens of each, H KV heads, D head_dim, n tokens of a full-precision page.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vllm_kivi import ops, reference
+from vllm_kivi.format import KVFormat
+
+# A pool that is too small grows by this part of itself: pages that wait for tokens stay below 1 % of the memory, and
+# a token is copied so many times on average, at most.
+GROWTH = 128
+_STATE = ("batch_size", "row_pages", "max_tokens", "max_crop", "num_positions", "memory", "seq_lens", "longest")
+PROMPT = torch.iinfo(torch.int32).max  # as num_prompt_tokens: every row is of the prompt
+
+
+class Part(NamedTuple):
+    """Consecutive tokens of each row of a step, and how long the row is after them, of padding just its length."""
+
+    length: Tensor  # int32 [B]
+    seq_lens: Tensor
+
+
+class Request(NamedTuple):
+    """Arguments of the ops."""
+
+    quantized_block_table: Tensor
+    full_block_table: Tensor
+    query_start_loc: Tensor
+    seq_lens: Tensor
+
+
+class Pages:
+    """Keys and values of one layer.
+
+    Args:
+        fmt: the layer's byte map.
+        batch_size: B.
+        max_tokens: of a row; 0: pools grow.
+        max_crop: tokens that can be taken from the end of a row without loss.
+    """
+
+    def __init__(
+        self, fmt: KVFormat, batch_size: int, device: torch.device, max_tokens: int = 0, max_crop: int = 0
+    ) -> None:
+        self.fmt = fmt
+        self.layout = fmt.layout()
+        self.has_prefill = device.type == "cpu"  # else a chunk's context is dequantized
+        self.device = device
+        self.batch_size = batch_size
+        self.max_tokens = max_tokens
+        self.max_crop = max_crop
+        # One more than is read in full precision, so that the tokens of an incomplete group and those that complete it
+        # are there together whatever R is.
+        window = fmt.residual_length + fmt.group_size + max_crop
+        self.sink_pages = math.ceil(fmt.sink_tokens / fmt.full_page_tokens)
+        self.ring_pages = math.ceil((window - 1) / fmt.full_page_tokens) + 1
+        self.num_positions = 0  # tokens of a row with its padding: at least those of the longest row
+        self.seq_lens = torch.zeros(batch_size, dtype=torch.int32, device=device)
+        self.longest = self.seq_lens  # that a row was since its ring was written anew; crop makes rows shorter
+        # A page is needed when its last token comes: N is G here.
+        self._allocate(batch_size, max_tokens // fmt.page_tokens)
+        self.workspace = ops.decode_workspace(self.layout, device) if device.type == "cuda" else None
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the pages and what belongs to them."""
+        tensors = self.memory, self.quantized_table, self.full_table, self.seq_lens, self.longest
+        return sum({x.data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
+
+    # ------------------------------------------------------------------------------------------------------- memory
+
+    def _allocate(self, batch_size: int, row_pages: int) -> None:
+        """Make empty pages and their tables."""
+        fmt, heads = self.fmt, self.fmt.num_kv_heads
+        self.batch_size, self.row_pages = batch_size, row_pages
+        num_full = 1 + batch_size * (self.sink_pages + self.ring_pages)
+        end, size = num_full * fmt.full_page_bytes, fmt.page_bytes
+        self.memory = torch.empty(end + batch_size * row_pages * size, dtype=torch.uint8, device=self.device)
+        self.full = self.memory[:end].view(num_full, heads, -1)
+        strides = size, size // heads, 1
+        self.quantized = self.memory.as_strided((1 + batch_size * row_pages, heads, size // heads), strides, end - size)
+
+        def table(slots: Tensor, row_pages: int) -> Tensor:
+            first = 1 + row_pages * torch.arange(batch_size, device=self.device)
+            return (first[:, None] + slots).int()
+
+        # A column more for the tokens of a page that is not full yet.
+        columns = torch.arange(row_pages, device=self.device)
+        self.quantized_table = torch.nn.functional.pad(table(columns, row_pages), (0, 1))
+        num_tokens = (row_pages + 1) * fmt.page_tokens
+        columns = torch.arange(math.ceil(num_tokens / fmt.full_page_tokens), device=self.device)
+        slots = torch.where(columns < self.sink_pages, columns, self.sink_pages + columns % self.ring_pages)
+        self.full_table = table(slots, self.sink_pages + self.ring_pages)
+
+    def _rows(self) -> tuple[Tensor, Tensor]:
+        """Full-precision and quantized pages, uint8 [B, pages of a row, H, bytes]."""
+        full, quantized = (
+            pages[1:].view(self.batch_size, count, *pages.shape[1:])
+            for pages, count in ((self.full, self.sink_pages + self.ring_pages), (self.quantized, self.row_pages))
+        )
+        return full, quantized
+
+    def _reserve(self, num_tokens: int) -> None:
+        """Make room for rows of so many tokens.
+
+        Raises:
+            ValueError: more than max_tokens.
+        """
+        if 0 < self.max_tokens < num_tokens:
+            raise ValueError(
+                f"kivi: {num_tokens} tokens do not fit a cache of max_cache_len={self.max_tokens}; "
+                "make it larger, or leave it out for a cache that grows"
+            )
+        needed = num_tokens // self.fmt.page_tokens
+        if needed <= self.row_pages:
+            return
+        if self.row_pages:
+            needed = max(needed, self.row_pages + max(1, self.row_pages // GROWTH))
+        old = self._rows()
+        self._allocate(self.batch_size, needed)
+        for new, pages in zip(self._rows(), old, strict=True):
+            new[:, : pages.shape[1]] = pages
+
+    # -------------------------------------------------------------------------------------------------------- steps
+
+    def _request(
+        self, parts: Sequence[Part], index: int, quantized_table: Tensor | None = None, full_table: Tensor | None = None
+    ) -> Request:
+        """Part `index` of each row is a request, and the others are padding: requests of null blocks alone, of which
+        nothing is stored and which attend to themselves. The tables are the usual ones where they are None.
+        """
+        tables = [
+            self.quantized_table if quantized_table is None else quantized_table,
+            self.full_table if full_table is None else full_table,
+        ]
+        if len(parts) > 1:
+            for i, own in enumerate(tables):
+                tables[i] = own.new_zeros(self.batch_size * len(parts), own.shape[1])
+                tables[i][index :: len(parts)] = own
+        counts = torch.stack([part.length for part in parts], 1).flatten()
+        ends = [part.seq_lens if i == index else part.length for i, part in enumerate(parts)]
+        starts = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+        return Request(tables[0], tables[1], starts, torch.stack(ends, 1).flatten())
+
+    def _parts(self, num_new: int, real: Tensor | None) -> tuple[list[Part], int]:
+        """The parts of a step's rows, and which of them is real. The others are empty or padding."""
+        if real is None:
+            count = torch.full_like(self.seq_lens, num_new)
+            return [Part(count, self.seq_lens + count)], 0
+        count = real.sum(1, dtype=torch.int32)
+        before = real.int().argmax(1).int()
+        after = num_new - before - count
+        return [Part(before, before), Part(count, self.seq_lens + count), Part(after, after)], 1
+
+    def _complete_groups(self, key: Tensor, value: Tensor, parts: list[Part], index: int) -> tuple[list[Part], int]:
+        """Write those tokens of a step that complete groups of older tokens.
+
+        Returns:
+            The step's parts without them.
+        """
+        if not self.num_positions:
+            return parts, index
+        length, seq_lens = parts[index]
+        begun = torch.minimum(-self.seq_lens % self.fmt.group_size, length)
+        rest = Part(length - begun, seq_lens)
+        parts = [*parts[:index], Part(begun, self.seq_lens + begun), rest, *parts[index + 1 :]]
+        ops.store(key, value, self.quantized, self.full, *self._request(parts, index), self.layout)
+        return parts, index + 1
+
+    def _store(self, key: Tensor, value: Tensor, parts: list[Part], index: int) -> None:
+        """Write a step's tokens, key and value [B * q, H, D], and count them."""
+        fmt, pages = self.fmt, (self.quantized, self.full)
+        seq_lens = parts[index].seq_lens
+        num_new = len(key) // self.batch_size
+        if num_new + fmt.group_size - 1 <= (self.ring_pages - 1) * fmt.full_page_tokens:
+            ops.store(key, value, *pages, *self._request(parts, index), self.layout)
+        else:
+            # So many tokens meet themselves in the ring: only the last get full-precision pages, after the older tokens
+            # of an incomplete group are no longer needed.
+            parts, index = self._complete_groups(key, value, parts, index)
+            columns = torch.arange(self.full_table.shape[1], device=self.device)
+            last = (seq_lens - 1)[:, None] // fmt.full_page_tokens
+            kept = (columns < self.sink_pages) | (columns > last - self.ring_pages)
+            table = torch.where(kept, self.full_table, 0)
+            ops.store(key, value, *pages, *self._request(parts, index, full_table=table), self.layout)
+        self.seq_lens = seq_lens
+        self.longest = torch.maximum(self.longest, seq_lens)
+        self.num_positions += num_new
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, real: Tensor | None, scale: float, logits_soft_cap: float
+    ) -> Tensor:
+        """Store a step's tokens and attend to them and to what was there.
+
+        Args:
+            query: [B, heads, q, D]; key, value: [B, H, q, D].
+            real: bool [B, q], False where a token is padding; the others of a row follow each other. None: all are.
+
+        Returns:
+            [B, q, heads, D]; where query is padding, anything.
+        """
+        num_new = query.shape[2]
+        self._reserve(self.num_positions + num_new)
+        parts, index = self._parts(num_new, real)
+        rows, keys, values = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+        output = torch.zeros(rows.shape, dtype=rows.dtype, device=rows.device)
+        pages, layout = (self.quantized, self.full), self.layout
+        if num_new == 1:
+            self._store(keys, values, parts, index)
+            request = self._request(parts, index)
+            ops.decode(output, rows, *pages, *request, scale, logits_soft_cap, layout, self.workspace)
+            return output.view(len(query), num_new, *output.shape[1:])
+        # Before the chunk is stored: it takes the place of the window that its rows read.
+        self._complete_before(keys, values, parts, index)
+        if not self.num_positions and real is None and not logits_soft_cap:
+            # There is nothing to dequantize, and nothing is faster.
+            output = masked_attention(query, key, value, None, scale, 0.0)
+        elif self.has_prefill:
+            request = self._request(parts, index)
+            prompt = torch.full_like(request.seq_lens, PROMPT)
+            ops.prefill(output, rows, keys, values, *pages, *request, prompt, scale, logits_soft_cap, layout)
+            output = output.view(len(query), num_new, *output.shape[1:])
+        else:
+            output = self._attend_dequantized(query, key, value, real, scale, logits_soft_cap)
+        self._store(keys, values, parts, index)
+        return output
+
+    def _attend_dequantized(
+        self, query: Tensor, key: Tensor, value: Tensor, real: Tensor | None, scale: float, logits_soft_cap: float
+    ) -> Tensor:
+        """Attention of a chunk that is not stored yet, where ops.prefill has no kernel; as `attend`."""
+        num_new, device = key.shape[2], self.device
+        causal = torch.ones(num_new, num_new, dtype=torch.bool, device=device).tril().expand(self.batch_size, -1, -1)
+        if real is not None:
+            # Padding sees itself, so that no row is without anything to attend to.
+            causal = causal & (real[:, None] | torch.eye(num_new, dtype=torch.bool, device=device))
+        before = torch.arange(self.num_positions, device=device) < self.seq_lens[:, None]
+        mask = torch.cat((before[:, None].expand(-1, num_new, -1), causal), 2)[:, None]
+        keys, values = (torch.cat(pair, 2) for pair in zip(self._context(), (key, value), strict=True))
+        return masked_attention(query, keys, values, mask, scale, logits_soft_cap)
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store a step's tokens, and dequantize what its rows attend to.
+
+        Args:
+            key, value: [B, H, q, D]; every token counts, padding too.
+
+        Returns:
+            Keys and values [B, H, tokens, D].
+        """
+        num_new = key.shape[2]
+        self._reserve(self.num_positions + num_new)
+        parts, index = self._parts(num_new, None)
+        new = key, value
+        keys, values = (x.transpose(1, 2).flatten(0, 1) for x in new)
+        if num_new == 1:
+            self._store(keys, values, parts, index)
+            return self._dequantized(self._boundary(self.seq_lens))
+        self._complete_before(keys, values, parts, index)
+        context = self._context()
+        self._store(keys, values, parts, index)
+        keys, values = (torch.cat(pair, 2) for pair in zip(context, new, strict=True))
+        return keys, values
+
+    def _complete_before(self, key: Tensor, value: Tensor, parts: list[Part], index: int) -> None:
+        """Without a window, a chunk can read the group quantized that its own first token completes."""
+        if not self.fmt.residual_length:
+            self._complete_groups(key, value, parts, index)
+
+    def _context(self) -> tuple[Tensor, Tensor]:
+        """What rows of a chunk that comes next read of what is there; as `_dequantized`."""
+        return self._dequantized(torch.minimum(self._boundary(self.seq_lens + 1), self.seq_lens))
+
+    def _boundary(self, seq_lens: Tensor) -> Tensor:
+        """KVFormat.boundary of rows."""
+        group_size = self.fmt.group_size
+        return ((seq_lens - self.fmt.residual_length) // group_size * group_size).clamp(min=0)
+
+    def _dequantized(self, boundary: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, H, tokens, D] in the model's dtype, read quantized below each row's boundary; 0 behind
+        the end of shorter rows."""
+        fmt, length = self.fmt, self.num_positions
+        dtype = getattr(torch, fmt.dtype)
+        keys, values = (
+            torch.zeros(self.batch_size, length, fmt.num_kv_heads, fmt.head_dim, dtype=dtype, device=self.device)
+            for _ in range(2)
+        )
+        tables = self.quantized_table, self.full_table
+        if self.device.type == "cuda":
+            starts = length * torch.arange(self.batch_size + 1, dtype=torch.int32, device=self.device)
+            first = torch.zeros_like(self.seq_lens)
+            rows = keys.flatten(0, 1), values.flatten(0, 1)
+            ops.gather(*rows, self.quantized, self.full, *tables, starts, first, boundary, self.layout)
+            absent = torch.arange(length, device=self.device) >= self.seq_lens[:, None]
+            for x in (keys, values):
+                x.masked_fill_(absent[..., None, None], 0)
+        else:
+            for row, (count, below) in enumerate(zip(self.seq_lens.tolist(), boundary.tolist(), strict=True)):
+                blocks = tables[0][row], tables[1][row]
+                read = reference.gather_dequantized(fmt, self.quantized, self.full, *blocks, count, below)
+                keys[row, :count], values[row, :count] = read
+        return keys.transpose(1, 2), values.transpose(1, 2)
+
+    # --------------------------------------------------------------------------------------------------------- rows
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows of the batch, in this order and as often as they are named: int64 [new B]."""
+        rows, old = rows.to(self.device), self._rows()
+        self._allocate(len(rows), self.row_pages)
+        for new, pages in zip(self._rows(), old, strict=True):
+            torch.index_select(pages, 0, rows, out=new)
+        self.seq_lens, self.longest = self.seq_lens[rows], self.longest[rows]
+
+    def crop(self, count: int) -> None:
+        """Forget the last `count` tokens of every row; waits for the device.
+
+        Of the tokens that are to be read in full precision then, those that only quantized pages still hold come back
+        as these hold them; none does where `count` is at most max_crop.
+        """
+        count = min(count, self.num_positions)
+        seq_lens = (self.seq_lens - count).clamp(min=0)
+        if (self._boundary(seq_lens) < self._ring_start(self.longest)).any():
+            self._restore(seq_lens)
+        self.seq_lens = seq_lens
+        self.num_positions -= count
+
+    def _ring_start(self, seq_lens: Tensor) -> Tensor:
+        """The first token of the ring's pages of rows that were never longer."""
+        n = self.fmt.full_page_tokens
+        return (((seq_lens - 1) // n - self.ring_pages + 1) * n).clamp(min=0)
+
+    def _restore(self, seq_lens: Tensor) -> None:
+        """Make the rings those of rows that were never longer, from quantized pages."""
+        fmt, start = self.fmt, self._ring_start(self.longest)
+        dequantized = self._dequantized(-(-start // fmt.group_size) * fmt.group_size)
+        keys, values = (x.transpose(1, 2).flatten(0, 1) for x in dequantized)
+        before = self._ring_start(seq_lens)
+        count = torch.minimum(seq_lens, start) - before
+        after = self.num_positions - before - count
+        parts = [Part(before, before), Part(count, before + count), Part(after, after)]
+        ring = self.full_table.clone()
+        ring[:, : self.sink_pages] = 0
+        tables = torch.zeros_like(self.quantized_table), ring
+        ops.store(keys, values, self.quantized, self.full, *self._request(parts, 1, *tables), self.layout)
+        self.longest = seq_lens
+
+    def reset(self) -> None:
+        """Forget all tokens and keep the memory."""
+        self.seq_lens = self.longest = torch.zeros_like(self.seq_lens)
+        self.num_positions = 0
+
+    # -------------------------------------------------------------------------------------------------------- files
+
+    def state(self) -> dict[str, Any]:
+        """What `restored` needs, tensors and numbers alone."""
+        return {"layout": self.layout} | {name: getattr(self, name) for name in _STATE}
+
+    @classmethod
+    def restored(cls, fmt: KVFormat, state: dict[str, Any]) -> Pages:
+        """Pages from what `state` returned, where its tensors are.
+
+        Raises:
+            ValueError: they have another byte map.
+        """
+        if state["layout"] != fmt.layout():
+            raise ValueError("kivi: the file is of another version, whose pages lie otherwise; make the cache again")
+        pages = cls(fmt, state["batch_size"], state["memory"].device, state["max_tokens"], state["max_crop"])
+        pages._allocate(state["batch_size"], state["row_pages"])
+        pages.memory.copy_(state["memory"])
+        for name in ("num_positions", "seq_lens", "longest"):
+            setattr(pages, name, state[name])
+        return pages
+
+
+def masked_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, logits_soft_cap: float
+) -> Tensor:
+    """Attention in PyTorch: query [B, heads, q, D], key and value [B, H, tokens, D] -> [B, q, heads, D].
+
+    Args:
+        mask: bool [B, 1, q, tokens], True where a row attends; None: causal, with as many tokens as rows.
+        logits_soft_cap: 0 for none; needs a mask.
+    """
+    if not logits_soft_cap:
+        output = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
+        )
+        return output.transpose(1, 2)
+    assert mask is not None
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    scores = logits_soft_cap * torch.tanh(query @ key.transpose(2, 3) * scale / logits_soft_cap)
+    weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1, dtype=torch.float32)
+    return (weights.to(query.dtype) @ value).transpose(1, 2)

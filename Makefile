@@ -51,7 +51,7 @@ demo: $(BUILT) $(MODEL)/config.json
 	$(BIN)/python scripts/demo.py $(MODEL)
 
 test: $(BUILT) $(TASKS) $(MODEL)/config.json
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow'
 
 soak: $(BUILT) $(MODEL)/config.json $(GEMMA3)/config.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m slow

@@ -178,6 +178,28 @@ def assert_as_exact_as_torch(
         assert error <= bound + 2e-7 * norm(exact.abs()), f"{name} error {error:.3g}, PyTorch's own {bound / 2:.3g}"
 
 
+# Files that take longest. `make test` runs files in two processes, and a long one must not begin when the other is done.
+LONGEST = tuple(
+    f"test_{name}.py"
+    for name in (
+        "engine_processes",
+        "models",
+        "server",
+        "engine",
+        "cli",
+        "decoding",
+        "drafters",
+        "triton",
+        "transformers",
+    )
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """A test that the README's support matrix names fails where it is skipped."""

@@ -178,7 +178,7 @@ def assert_as_exact_as_torch(
         assert error <= bound + 2e-7 * norm(exact.abs()), f"{name} error {error:.3g}, PyTorch's own {bound / 2:.3g}"
 
 
-# Files that take longest. `make test` runs files in two processes, and a long one must not begin when the other is done.
+# Files that take longest begin first: `make test` runs two side by side, and a long one should not be left alone.
 LONGEST = tuple(
     f"test_{name}.py"
     for name in (

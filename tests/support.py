@@ -258,7 +258,7 @@ ROWS = {
             "Soak: random requests, replayed alone",
             ("test_soak.py::test_a_hundred_and_fifty_requests",),
             Gpu(("0.32",), (SOAK,)),
-            note="4,901 requests in 300 s on an H100, no mismatch; `make soak`: 20,000",
+            note="on an H100 [300 s](benchmarks/results/soak.md); `make soak`: 20,000 requests",
         ),
         Row("Gauges in `/metrics`", ("test_metrics.py::test_an_engine_reports_its_requests",)),
         Row("`vllm-kivi eval`", ("test_cli.py::test_scores_are_those_of_transformers",), Gpu(BOTH)),

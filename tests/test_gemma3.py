@@ -15,11 +15,7 @@ from typing import Any
 
 import pytest
 from engines import engine, generate, tokens
-
-from vllm_kivi.evaluate.session import Candidate
-from vllm_kivi.plan import pages
-from vllm_kivi.plan.model import read_config, read_shapes
-from vllm_kivi.plan.settings import Settings
+from test_plan import planned_pool
 
 pytestmark = pytest.mark.slow  # its model is 238 MB to download
 
@@ -40,8 +36,7 @@ class Measured:
     groups: list[tuple[str, list[str]]]  # the spec's name, and the layers
     capacity: int
     blocks: int
-    in_flight: int
-    block_size: int
+    planned: Any  # pool
     losses: list[float]  # of the scored tokens
     answer: str
     number: str
@@ -88,6 +83,7 @@ def measure(tokenizer: Any, window: list[int]) -> Callable[[str], Measured]:
             ) as llm:
                 config = llm.llm_engine.vllm_config
                 pool = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.kv_cache_config
+                planned = planned_pool(llm, MODEL, "kivi2" if name == BYPASS else name, CONTEXT, "bfloat16")
                 (scored,) = generate(llm, [window], max_tokens=8, prompt_logprobs=0)
                 (answer,) = generate(llm, [tokenizer.encode(QUESTION)], max_tokens=4)
         rows = zip(scored.prompt_logprobs[FIRST_SCORED:], window[FIRST_SCORED:], strict=True)
@@ -95,8 +91,7 @@ def measure(tokenizer: Any, window: list[int]) -> Callable[[str], Measured]:
             groups=[(type(group.kv_cache_spec).__name__, group.layer_names) for group in pool.kv_cache_groups],
             capacity=config.cache_config.kv_cache_size_tokens,
             blocks=pool.num_blocks,
-            in_flight=config.max_in_flight_tokens,
-            block_size=config.cache_config.block_size,
+            planned=planned,
             losses=[-entry[token].logprob for entry, token in rows],
             answer=tokenizer.decode(tokens(answer)),
             number=tokenizer.decode(tokens(scored)),
@@ -131,17 +126,9 @@ def test_only_global_layers_are_quantized(measure):
 def test_capacity_is_that_of_the_plan_and_larger(measure, dtype, least):
     auto = measure("auto")
     own = measure(dtype)
-    for name, measured in (("auto", auto), (dtype, own)):
-        settings = Settings(
-            str(MODEL),
-            context=CONTEXT,
-            block_size=measured.block_size if name == "auto" else None,
-            max_num_batched_tokens=measured.in_flight // 2,
-        )
-        shapes = read_shapes(read_config(settings.model)[0], settings.dtype)
-        pool = pages.pool(shapes, Candidate.parse(name), settings)
-        assert MEMORY // pool.block_bytes == measured.blocks
-        assert pool.capacity(MEMORY, CONTEXT) == measured.capacity
+    for measured in (auto, own):
+        assert MEMORY // measured.planned.block_bytes == measured.blocks
+        assert measured.planned.capacity(MEMORY, CONTEXT) == measured.capacity
     assert own.capacity >= least * auto.capacity
 
 

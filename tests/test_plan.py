@@ -327,20 +327,25 @@ def most_running(llm, count, length, new_tokens):
     return most
 
 
-def check_capacity(llm, model, kv_cache_dtype, context, available):
-    """The engine's pool, to the block and to the token. Returns how many requests are planned to fit."""
+def planned_pool(llm, model, kv_cache_dtype, context, dtype):
+    """What is planned for an engine that runs here."""
     config = llm.llm_engine.vllm_config
-    cache = config.cache_config
     own = settings(
         str(model),
-        dtype="float32",
+        dtype=dtype,
         context=context,
         # Other than on GPUs: there 16, and two steps in flight.
-        block_size=cache.block_size if kv_cache_dtype == "auto" else None,
+        block_size=config.cache_config.block_size if kv_cache_dtype == "auto" else None,
         max_num_batched_tokens=config.max_in_flight_tokens // 2,
     )
     shapes = read_shapes(read_config(own.model)[0], own.dtype)
-    pool = pages.pool(shapes, Candidate.parse(kv_cache_dtype), own)
+    return pages.pool(shapes, Candidate.parse(kv_cache_dtype), own)
+
+
+def check_capacity(llm, model, kv_cache_dtype, context, available):
+    """The engine's pool, to the block and to the token. Returns how many requests are planned to fit."""
+    cache = llm.llm_engine.vllm_config.cache_config
+    pool = planned_pool(llm, model, kv_cache_dtype, context, "float32")
     assert available // pool.block_bytes == cache.num_gpu_blocks
     assert pool.capacity(available, context) == cache.kv_cache_size_tokens
     assert cache.num_gpu_blocks / pool.blocks(context) == cache.kv_cache_max_concurrency

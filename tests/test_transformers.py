@@ -351,8 +351,13 @@ def test_max_cache_len(llama):
     grown, fixed = KiviCache(llama.config), KiviCache(llama.config, max_cache_len=200)
     assert torch.equal(run(llama, grown, said, steps), run(llama, fixed, said, steps))
     assert (grown.get_max_length(), fixed.get_max_length()) == (-1, 200)
-    with pytest.raises(ValueError, match="201 tokens do not fit a cache of max_cache_len=200; make it larger"):
+    too_many = "tokens do not fit a cache of max_cache_len=200; make it larger"
+    with pytest.raises(RuntimeError, match=too_many):  # only the device knows
         run(llama, fixed, ids(1), [1])
+    for attention in ("kivi", "sdpa"):
+        llama.set_attn_implementation(attention)
+        with pytest.raises(ValueError, match="201 " + too_many):
+            run(llama, KiviCache(llama.config, max_cache_len=200), ids(201), [201])
 
 
 def test_info(llama, caplog):
@@ -574,6 +579,16 @@ def test_load_refuses(llama, tmp_path):
         KiviCache.load(path, llama.config)
 
 
+def test_a_prompt_of_inference_mode_goes_on_without(llama):
+    cache, other = (KiviCache(llama.config, max_cache_len=200, **SMALL) for _ in range(2))
+    for one in (cache, other):
+        run(llama, one, ids(100), [100])
+    with torch.inference_mode(False), torch.no_grad():
+        again = copy.deepcopy(cache)
+        actual = run(llama, again, ids(60, 1), [20] + [1] * 40)
+    assert torch.equal(actual, run(llama, other, ids(60, 1), [20] + [1] * 40))
+
+
 def test_reset(llama):
     said, steps = ids(150, 13), [100] + [1] * 50
     cache = KiviCache(llama.config, **SMALL)
@@ -626,6 +641,8 @@ def test_refused_steps(llama):
     mask[0, 25] = 0
     with pytest.raises(ValueError, match="padding between tokens of a row"):
         llama(ids(10), past_key_values=cache, attention_mask=mask)
+    run(llama, cache, ids(1), [1])  # nothing has happened to the cache
+    cache.update(*torch.zeros(2, 1, 2, 1, 64), 0)
     with pytest.raises(ValueError, match="never got the keys of the last step"):
         run(llama, cache, ids(1), [1])
     cache.reset()

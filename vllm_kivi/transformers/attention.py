@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from vllm_kivi.transformers.pages import masked_attention
+from vllm_kivi.transformers.plain import masked_attention
 
 NAME = "kivi"
 LAYER = "_kivi_layer"  # of keys that a cache hands to attention: the layer that stores them
@@ -20,19 +20,28 @@ def kivi_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
-    q_offset: int = 0,
-    kv_offset: int = 0,
+    q_offset: Any = 0,
+    kv_offset: Any = 0,
     mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
     """What attention "kivi" gets as its mask.
 
+    Args:
+        q_offset, kv_offset: int, or a tensor [] of caches that can be compiled.
+
     Returns:
-        None for causal attention without padding; bool [B, kv_length] for causal attention with padding, False where it
-        is; for sliding windows and other masks what sdpa gets: bool [B, 1, q_length, kv_length] or None.
+        For causal attention to new tokens, and to all that a KiviCache holds: bool [B, 1, 1, q_length], False where a
+        new token is padding, or None where none is. For other caches, sliding windows and other masks what sdpa gets:
+        bool [B, 1, q_length, kv_length] or None.
+
+    Raises:
+        ValueError: the mask is shorter than the tokens, or has padding between tokens of a row.
     """
-    if mask_function is not causal_mask_function:
+    # A tensor: a KiviCache that can be compiled says so where its tokens end. Another cache's keys begin at 0.
+    same_offset = isinstance(kv_offset, Tensor) or (not isinstance(q_offset, Tensor) and kv_offset == q_offset)
+    if mask_function is not causal_mask_function or kv_length != q_length or not same_offset:
         return sdpa_mask(
             batch_size=batch_size,
             q_length=q_length,
@@ -45,14 +54,30 @@ def kivi_mask(
         )
     if attention_mask is None:
         return None
-    if attention_mask.shape[1] < kv_length:
-        raise ValueError(
-            f"kivi: attention_mask has {attention_mask.shape[1]} columns, but with what is cached there are "
-            f"{kv_length} tokens; pass the mask of all tokens"
-        )
-    attention_mask = attention_mask[:, :kv_length]
+    if isinstance(kv_offset, Tensor):
+        columns = kv_offset + torch.arange(kv_length, device=attention_mask.device)
+        real = attention_mask.index_select(1, columns)
+    else:
+        if attention_mask.shape[1] < kv_offset + kv_length:
+            raise ValueError(
+                f"kivi: attention_mask has {attention_mask.shape[1]} columns, but with what is cached there are "
+                f"{kv_offset + kv_length} tokens; pass the mask of all tokens"
+            )
+        real = attention_mask[:, kv_offset : kv_offset + kv_length]
     # On a GPU this would wait for it.
-    return None if attention_mask.device.type == "cpu" and attention_mask.all() else attention_mask
+    if attention_mask.device.type == "cpu" and not torch.compiler.is_compiling():
+        if real.all():
+            return None
+        _check_padding(real)
+    return real[:, None, None]
+
+
+def _check_padding(real: Tensor) -> None:
+    """Refuse padding between tokens: real bool [B, q]."""
+    q = real.shape[1]
+    first, last = real.int().argmax(1), q - 1 - real.flip(1).int().argmax(1)
+    if ((last - first + 1 != real.sum(1)) & real.any(1)).any():
+        raise ValueError("kivi: attention_mask has padding between tokens of a row; pad at the left or at the right")
 
 
 def kivi_attention(
@@ -86,7 +111,7 @@ def kivi_attention(
         ("attention dropout", dropout > 0),
         ("learned attention sinks", s_aux is not None),
         ("sliding windows in a layer whose cache has none", layer is not None and sliding_window is not None),
-        ("a mask that is not causal", layer is not None and attention_mask is not None and attention_mask.dim() != 2),
+        ("a mask that is not causal", layer is not None and not _is_of_new(attention_mask, query.shape[2])),
     ):
         if used:
             raise ValueError(f'kivi: attn_implementation="kivi" does not support {what}; use "sdpa" or "eager"')
@@ -95,16 +120,21 @@ def kivi_attention(
     return _plain(query, key, value, attention_mask, scale, softcap or 0.0), None
 
 
+def _is_of_new(mask: Tensor | None, num_new: int) -> bool:
+    """Whether `kivi_mask` made it for a KiviCache."""
+    return mask is None or (mask.dim() == 4 and mask.shape[1:] == (1, 1, num_new))
+
+
 def _plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, soft_cap: float) -> Tensor:
     """Attention over keys and values that no KiviCache stores: of sliding layers, or without a cache."""
-    if mask is None or mask.dim() == 2:
+    q, tokens = query.shape[2], key.shape[2]
+    if q == tokens and _is_of_new(mask, q) and (mask is not None or soft_cap):
         mask = sdpa_mask(
             batch_size=len(query),
-            q_length=query.shape[2],
-            kv_length=key.shape[2],
-            q_offset=key.shape[2] - query.shape[2],
-            attention_mask=mask,
-            allow_is_causal_skip=not soft_cap and query.shape[2] == key.shape[2],
+            q_length=q,
+            kv_length=tokens,
+            attention_mask=None if mask is None else mask[:, 0, 0],
+            allow_is_causal_skip=False,
             device=query.device,
         )
     return masked_attention(query, key, value, mask, scale, soft_cap)

@@ -10,10 +10,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 
-from vllm_kivi.format import HEAD_DIMS, PRESETS
+from vllm_kivi import ops
+from vllm_kivi.format import HEAD_DIMS, PRESETS, KVFormat
 from vllm_kivi.options import KiviOptions
 from vllm_kivi.transformers.attention import LAYER, NAME
 from vllm_kivi.transformers.pages import Pages
@@ -71,16 +79,36 @@ class KiviLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, config: Any, preset: str, options: KiviOptions, max_cache_len: int, max_crop: int) -> None:
+    def __init__(
+        self,
+        config: Any,
+        preset: str,
+        options: KiviOptions,
+        max_cache_len: int,
+        max_crop: int,
+        workspaces: dict[tuple[Any, ...], Tensor],
+    ) -> None:
         super().__init__()
         self.config = config
         self.preset = preset
         self.options = options
         self.max_cache_len = max_cache_len
         self.max_crop = max_crop
+        self.workspaces = workspaces  # of all layers, by device and layout
         self.pages: Pages | None = None
         self._unattended = False  # there are keys that attention "kivi" has yet to store
 
+    @property
+    def is_compileable(self) -> bool:  # type: ignore[override]
+        """Whether a step of one token allocates nothing and the host need not know how many there are."""
+        return self.max_cache_len > 0 and self._is_attended
+
+    @property
+    def _is_attended(self) -> bool:
+        """The model uses attention "kivi"."""
+        return self.config._attn_implementation == NAME
+
+    @torch.compiler.disable
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make the pages for keys and values like these: [B, H, q, D].
 
@@ -95,11 +123,19 @@ class KiviLayer(CacheLayerMixin):
         batch_size, num_kv_heads, _, head_dim = key_states.shape
         dtype = str(key_states.dtype).removeprefix("torch.")
         fmt = self.options.format(self.preset, head_dim, num_kv_heads, dtype)
-        self._take(Pages(fmt, batch_size, key_states.device, self.max_cache_len, self.max_crop))
-
-    def _take(self, pages: Pages) -> None:
-        self.pages = pages
+        device = key_states.device
+        self.pages = Pages(fmt, batch_size, device, self.max_cache_len, self.max_crop, self._workspace(fmt, device))
         self.is_initialized = True
+
+    def _workspace(self, fmt: KVFormat, device: torch.device) -> Tensor | None:
+        """What layers share, because one attends after the other."""
+        if device.type == "cpu":
+            return None
+        key = device, *fmt.layout()
+        if key not in self.workspaces:
+            with torch.inference_mode(False):
+                self.workspaces[key] = ops.decode_workspace(fmt.layout(), device)
+        return self.workspaces[key]
 
     @property
     def batch_size(self) -> int:
@@ -130,32 +166,57 @@ class KiviLayer(CacheLayerMixin):
                 f"kivi: a batch of {len(key_states)} rows does not fit this cache of {self.batch_size}; make a new "
                 "cache, or use batch_repeat_interleave or batch_select_indices"
             )
-        if self.config._attn_implementation != NAME:
-            return self.pages.append(key_states, value_states)
+        if not self._is_attended:
+            return self._append(key_states, value_states)
         self._unattended = True
         setattr(key_states, LAYER, self)
         return key_states, value_states
 
+    @torch.compiler.disable
+    def _append(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.pages is not None
+        return self.pages.append(key_states, value_states)
+
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, logits_soft_cap: float
     ) -> Tensor:
-        """Store what `update` got and attend: query [B, heads, q, D], mask bool [B, tokens] -> [B, q, heads, D]."""
+        """Store what `update` got and attend: query [B, heads, q, D], mask bool [B, 1, 1, q] -> [B, q, heads, D]."""
         assert self.pages is not None
-        real = None
-        if mask is not None:
-            real = mask[:, -key.shape[2] :]
-            if real.device.type == "cpu":  # On a GPU this would wait for it.
-                _check_padding(real)
-        output = self.pages.attend(query, key, value, real, scale, logits_soft_cap)
+        real = None if mask is None else mask[:, 0, 0]
+        compiled = self.is_compileable and query.shape[2] == 1
+        output = (self.pages.attend if compiled else self._attend)(query, key, value, real, scale, logits_soft_cap)
         self._unattended = False
         return output
 
-    def get_seq_length(self) -> int:
-        """Tokens of a row, padding included."""
-        return self.pages.num_positions if self.pages else 0
+    @torch.compiler.disable
+    def _attend(self, *args: Any) -> Tensor:
+        assert self.pages is not None
+        return self.pages.attend(*args)
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
+    def get_seq_length(self) -> Any:
+        """Tokens of a row, padding included: an int32 tensor [] where is_compileable."""
+        if self.pages is None:
+            return 0
+        # A copy: whoever gets it may add to it.
+        return self.pages.lengths[-1].clone() if self.is_compileable else self.pages.num_positions
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, Any]:
+        """Tokens of the mask, and the first: attention "kivi" wants to know of new tokens which are padding.
+
+        Raises:
+            RuntimeError: more than max_cache_len, as far as only the device knows; on a GPU an assertion there, which
+                ends the process's use of it.
+        """
+        length = self.get_seq_length()
+        if not self._is_attended:
+            return length + query_length, 0
+        if isinstance(length, Tensor):
+            torch._assert_async(
+                length + query_length <= self.max_cache_len,
+                f"kivi: the tokens do not fit a cache of max_cache_len={self.max_cache_len}; make it larger, or leave "
+                "it out for a cache that grows",
+            )
+        return query_length, length
 
     def get_max_length(self) -> int:
         return self.max_cache_len or -1
@@ -186,7 +247,7 @@ class KiviLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         """Remove -tokens_to_remove tokens; a positive number is the length to keep, as in transformers."""
         if self.pages:
-            length = self.get_seq_length()
+            length = self.pages.num_positions if tokens_to_remove > 0 else 0
             self.pages.crop(max(length - tokens_to_remove, 0) if tokens_to_remove > 0 else -tokens_to_remove)
 
     def info(self) -> LayerInfo:
@@ -206,15 +267,8 @@ class KiviLayer(CacheLayerMixin):
 
     def restore(self, state: dict[str, Any]) -> None:
         fmt = self.options.format(self.preset, **state["shape"])
-        self._take(Pages.restored(fmt, state["pages"]))
-
-
-def _check_padding(real: Tensor) -> None:
-    """Refuse padding between tokens: real bool [B, q]."""
-    q = real.shape[1]
-    first, last = real.int().argmax(1), q - 1 - real.flip(1).int().argmax(1)
-    if ((last - first + 1 != real.sum(1)) & real.any(1)).any():
-        raise ValueError("kivi: attention_mask has padding between tokens of a row; pad at the left or at the right")
+        self.pages = Pages.restored(fmt, state["pages"], self._workspace(fmt, state["pages"]["memory"].device))
+        self.is_initialized = True
 
 
 class KiviCache(Cache):
@@ -252,9 +306,13 @@ class KiviCache(Cache):
             accepted = ", ".join(map(str, HEAD_DIMS))
             raise ValueError(f"kivi: head size {head_dim} is not supported; accepted: {accepted}; use DynamicCache")
         own.format(preset, head_dim, 1, "bfloat16")  # refuses what does not go together
+        stock = StaticCache(config, max_cache_len) if max_cache_len else DynamicCache(config=config)
+        workspaces: dict[tuple[Any, ...], Tensor] = {}
         layers = [
-            KiviLayer(text_config, preset, own, max_cache_len or 0, max_crop) if type(layer) is DynamicLayer else layer
-            for layer in DynamicCache(config=config).layers
+            KiviLayer(text_config, preset, own, max_cache_len or 0, max_crop, workspaces)
+            if type(layer) in (DynamicLayer, StaticLayer)
+            else layer
+            for layer in stock.layers
         ]
         if not any(isinstance(layer, KiviLayer) for layer in layers):
             raise ValueError(
@@ -323,19 +381,30 @@ class KiviCache(Cache):
         return cache
 
 
+def _sliding_names(layer: Any) -> tuple[str, ...]:
+    if isinstance(layer, StaticSlidingWindowLayer):
+        return "keys", "values", "cumulative_length", "cumulative_length_int"
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        return "keys", "values", "cumulative_length"
+    raise ValueError(f"kivi: a cache with layers of type {type(layer).__name__} cannot be saved; compute it again")
+
+
 def _sliding_state(layer: Any) -> dict[str, Any] | None:
-    if not isinstance(layer, DynamicSlidingWindowLayer):
-        raise ValueError(f"kivi: a cache with layers of type {type(layer).__name__} cannot be saved; compute it again")
+    names = _sliding_names(layer)
     if not layer.is_initialized:
         return None
-    # Cloned, because they are windows of larger tensors.
-    tensors = {name: getattr(layer, name).clone() for name in ("keys", "values")}
-    return tensors | {"length": layer.cumulative_length}
+    state = {name: getattr(layer, name) for name in names}
+    # Cloned, because they can be windows of larger tensors.
+    return {name: x.clone() if isinstance(x, Tensor) else x for name, x in state.items()}
 
 
 def _restore_sliding(layer: Any, state: dict[str, Any]) -> None:
     layer.lazy_initialization(state["keys"], state["values"])
-    layer.keys, layer.values, layer.cumulative_length = state["keys"], state["values"], state["length"]
+    for name in _sliding_names(layer):
+        if isinstance(layer, StaticLayer) and isinstance(state[name], Tensor):
+            getattr(layer, name).copy_(state[name])
+        else:
+            setattr(layer, name, state[name])
 
 
 def _layer_info(layer: Any) -> LayerInfo:

@@ -11,13 +11,15 @@ Block 0 is the null block, which nobody reads or writes: that of the quantized p
 Padding never reaches a page: what a step brings is cut into requests of the ops, and those that are padding have block
 tables of null blocks.
 
+With a fixed number of tokens nothing is allocated after the first step, and steps of one token (decode.py) know all
+lengths on the device alone: torch.compile sees one op, and CUDA graphs can replay it.
+
 Shapes in this file: B rows, q new tokens of each, H KV heads, D head_dim, n tokens of a full-precision page.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,11 +27,13 @@ from torch import Tensor
 
 from vllm_kivi import ops, reference
 from vllm_kivi.format import KVFormat
+from vllm_kivi.transformers.decode import compiled_decode, decode, page_views
+from vllm_kivi.transformers.plain import masked_attention
 
 # A pool that is too small grows by this part of itself: pages that wait for tokens stay below 1 % of the memory, and
 # a token is copied so many times on average, at most.
 GROWTH = 128
-_STATE = ("batch_size", "row_pages", "max_tokens", "max_crop", "num_positions", "memory", "seq_lens", "longest")
+_STATE = ("batch_size", "row_pages", "max_tokens", "max_crop", "memory", "lengths", "longest")
 PROMPT = torch.iinfo(torch.int32).max  # as num_prompt_tokens: every row is of the prompt
 
 
@@ -57,48 +61,72 @@ class Pages:
         batch_size: B.
         max_tokens: of a row; 0: pools grow.
         max_crop: tokens that can be taken from the end of a row without loss.
+        workspace: ops.decode_workspace, which layers can share; None on the CPU.
     """
 
+    @torch.inference_mode(False)
     def __init__(
-        self, fmt: KVFormat, batch_size: int, device: torch.device, max_tokens: int = 0, max_crop: int = 0
+        self,
+        fmt: KVFormat,
+        batch_size: int,
+        device: torch.device,
+        max_tokens: int = 0,
+        max_crop: int = 0,
+        workspace: Tensor | None = None,
     ) -> None:
         self.fmt = fmt
         self.layout = fmt.layout()
         self.has_prefill = device.type == "cpu"  # else a chunk's context is dequantized
         self.device = device
-        self.batch_size = batch_size
         self.max_tokens = max_tokens
         self.max_crop = max_crop
+        self.workspace = workspace
         # One more than is read in full precision, so that the tokens of an incomplete group and those that complete it
         # are there together whatever R is.
         window = fmt.residual_length + fmt.group_size + max_crop
         self.sink_pages = math.ceil(fmt.sink_tokens / fmt.full_page_tokens)
         self.ring_pages = math.ceil((window - 1) / fmt.full_page_tokens) + 1
-        self.num_positions = 0  # tokens of a row with its padding: at least those of the longest row
-        self.seq_lens = torch.zeros(batch_size, dtype=torch.int32, device=device)
-        self.longest = self.seq_lens  # that a row was since its ring was written anew; crop makes rows shorter
+        # Tokens of each row, and at the end those of a row with its padding: int32 [B + 1]
+        self.lengths = torch.zeros(1, dtype=torch.int32, device=device)
+        # int32 [B]: the most tokens that a row had since its ring was written anew. None: as many as now, because only
+        # `crop` makes rows shorter.
+        self.longest: Tensor | None = None
+        # lengths[-1]. None, which happens with max_tokens alone: only the device knows.
+        self._count: int | None = 0
         # A page is needed when its last token comes: N is G here.
         self._allocate(batch_size, max_tokens // fmt.page_tokens)
-        self.workspace = ops.decode_workspace(self.layout, device) if device.type == "cuda" else None
+
+    @property
+    def seq_lens(self) -> Tensor:
+        return self.lengths[:-1]
+
+    @property
+    def num_positions(self) -> int:
+        """Tokens of a row with its padding; waits for the device after steps of one token with max_tokens."""
+        if self._count is None:
+            self._count = int(self.lengths[-1])
+        return self._count
 
     @property
     def num_bytes(self) -> int:
         """Memory of the pages and what belongs to them."""
-        tensors = self.memory, self.quantized_table, self.full_table, self.seq_lens, self.longest
-        return sum({x.data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
+        tensors = self.memory, self.quantized_table, self.full_table, self.starts, self.lengths, self.longest
+        return sum({x.data_ptr(): x.untyped_storage().nbytes() for x in tensors if x is not None}.values())
 
     # ------------------------------------------------------------------------------------------------------- memory
 
+    @torch.inference_mode(False)
     def _allocate(self, batch_size: int, row_pages: int) -> None:
-        """Make empty pages and their tables."""
-        fmt, heads = self.fmt, self.fmt.num_kv_heads
+        """Make empty pages and their tables.
+
+        What steps write is of no inference mode, so that a prompt that was cached in one can go on elsewhere.
+        """
+        fmt = self.fmt
         self.batch_size, self.row_pages = batch_size, row_pages
-        num_full = 1 + batch_size * (self.sink_pages + self.ring_pages)
-        end, size = num_full * fmt.full_page_bytes, fmt.page_bytes
-        self.memory = torch.empty(end + batch_size * row_pages * size, dtype=torch.uint8, device=self.device)
-        self.full = self.memory[:end].view(num_full, heads, -1)
-        strides = size, size // heads, 1
-        self.quantized = self.memory.as_strided((1 + batch_size * row_pages, heads, size // heads), strides, end - size)
+        self.num_full = 1 + batch_size * (self.sink_pages + self.ring_pages)
+        num_bytes = self.num_full * fmt.full_page_bytes + batch_size * row_pages * fmt.page_bytes
+        self.memory = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
+        self.quantized, self.full = page_views(self.memory, self.num_full, self.layout)
 
         def table(slots: Tensor, row_pages: int) -> Tensor:
             first = 1 + row_pages * torch.arange(batch_size, device=self.device)
@@ -111,6 +139,12 @@ class Pages:
         columns = torch.arange(math.ceil(num_tokens / fmt.full_page_tokens), device=self.device)
         slots = torch.where(columns < self.sink_pages, columns, self.sink_pages + columns % self.ring_pages)
         self.full_table = table(slots, self.sink_pages + self.ring_pages)
+        self.starts = torch.arange(batch_size + 1, dtype=torch.int32, device=self.device)  # of steps of one token
+        if len(self.lengths) != batch_size + 1:
+            self.lengths = self.lengths[-1:].repeat(batch_size + 1)
+        if self.max_tokens and not torch.compiler.is_compiling():
+            for x in (self.memory, self.quantized_table, self.full_table, self.starts, self.lengths):
+                torch._dynamo.mark_static_address(x)
 
     def _rows(self) -> tuple[Tensor, Tensor]:
         """Full-precision and quantized pages, uint8 [B, pages of a row, H, bytes]."""
@@ -120,18 +154,20 @@ class Pages:
         )
         return full, quantized
 
-    def _reserve(self, num_tokens: int) -> None:
-        """Make room for rows of so many tokens.
+    def _reserve(self, num_new: int) -> None:
+        """Make room for so many tokens more in every row.
 
         Raises:
             ValueError: more than max_tokens.
         """
-        if 0 < self.max_tokens < num_tokens:
-            raise ValueError(
-                f"kivi: {num_tokens} tokens do not fit a cache of max_cache_len={self.max_tokens}; "
-                "make it larger, or leave it out for a cache that grows"
-            )
-        needed = num_tokens // self.fmt.page_tokens
+        if self.max_tokens:
+            if self._count is not None and self._count + num_new > self.max_tokens:
+                raise ValueError(
+                    f"kivi: {self._count + num_new} tokens do not fit a cache of max_cache_len={self.max_tokens}; "
+                    "make it larger, or leave it out for a cache that grows"
+                )
+            return
+        needed = (self._most_tokens + num_new) // self.fmt.page_tokens
         if needed <= self.row_pages:
             return
         if self.row_pages:
@@ -144,7 +180,7 @@ class Pages:
     # -------------------------------------------------------------------------------------------------------- steps
 
     def _request(
-        self, parts: Sequence[Part], index: int, quantized_table: Tensor | None = None, full_table: Tensor | None = None
+        self, parts: list[Part], index: int, quantized_table: Tensor | None = None, full_table: Tensor | None = None
     ) -> Request:
         """Part `index` of each row is a request, and the others are padding: requests of null blocks alone, of which
         nothing is stored and which attend to themselves. The tables are the usual ones where they are None.
@@ -178,7 +214,7 @@ class Pages:
         Returns:
             The step's parts without them.
         """
-        if not self.num_positions:
+        if self._count == 0:
             return parts, index
         length, seq_lens = parts[index]
         begun = torch.minimum(-self.seq_lens % self.fmt.group_size, length)
@@ -203,9 +239,12 @@ class Pages:
             kept = (columns < self.sink_pages) | (columns > last - self.ring_pages)
             table = torch.where(kept, self.full_table, 0)
             ops.store(key, value, *pages, *self._request(parts, index, full_table=table), self.layout)
-        self.seq_lens = seq_lens
-        self.longest = torch.maximum(self.longest, seq_lens)
-        self.num_positions += num_new
+        self.seq_lens.copy_(seq_lens)
+        self.lengths[-1:].add_(num_new)
+        if self._count is not None:
+            self._count += num_new
+        if self.longest is not None:
+            self.longest.copy_(torch.maximum(self.longest, seq_lens))
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, real: Tensor | None, scale: float, logits_soft_cap: float
@@ -219,26 +258,50 @@ class Pages:
         Returns:
             [B, q, heads, D]; where query is padding, anything.
         """
+        if query.shape[2] == 1:
+            return self._decode(query, key, value, real, scale, logits_soft_cap)
+        return self._attend_chunk(query, key, value, real, scale, logits_soft_cap)
+
+    def _decode(
+        self, query: Tensor, key: Tensor, value: Tensor, real: Tensor | None, scale: float, logits_soft_cap: float
+    ) -> Tensor:
+        """`attend` for steps of one token."""
+        if not self.max_tokens:
+            self._reserve(1)
+            self._count = self._most_tokens + 1
+        else:
+            # From here on the host does not know how many tokens there are: it would have to be told at every step.
+            self._count = None
+        self.lengths.add_(1 if real is None else torch.nn.functional.pad(real[:, 0], (0, 1), value=True))
+        if self.longest is not None:
+            self.longest.copy_(torch.maximum(self.longest, self.seq_lens))
+        starts, seq_lens, workspace, layout = self.starts, self.seq_lens, self.workspace, self.layout
+        new, tables = (query, key, value, real), (self.quantized_table, self.full_table)
+        if self.max_tokens and torch.compiler.is_compiling():
+            memory = self.memory, self.num_full
+            return compiled_decode(*new, *memory, *tables, starts, seq_lens, workspace, scale, logits_soft_cap, layout)
+        pages = self.quantized, self.full
+        return decode(*new, pages, tables, starts, seq_lens, workspace, scale, logits_soft_cap, layout)
+
+    def _attend_chunk(
+        self, query: Tensor, key: Tensor, value: Tensor, real: Tensor | None, scale: float, logits_soft_cap: float
+    ) -> Tensor:
+        """`attend` for steps of several tokens."""
         num_new = query.shape[2]
-        self._reserve(self.num_positions + num_new)
+        self._reserve(num_new)
         parts, index = self._parts(num_new, real)
         rows, keys, values = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-        output = torch.zeros(rows.shape, dtype=rows.dtype, device=rows.device)
-        pages, layout = (self.quantized, self.full), self.layout
-        if num_new == 1:
-            self._store(keys, values, parts, index)
-            request = self._request(parts, index)
-            ops.decode(output, rows, *pages, *request, scale, logits_soft_cap, layout, self.workspace)
-            return output.view(len(query), num_new, *output.shape[1:])
         # Before the chunk is stored: it takes the place of the window that its rows read.
         self._complete_before(keys, values, parts, index)
-        if not self.num_positions and real is None and not logits_soft_cap:
+        if self._count == 0 and real is None and not logits_soft_cap:
             # There is nothing to dequantize, and nothing is faster.
             output = masked_attention(query, key, value, None, scale, 0.0)
         elif self.has_prefill:
             request = self._request(parts, index)
             prompt = torch.full_like(request.seq_lens, PROMPT)
-            ops.prefill(output, rows, keys, values, *pages, *request, prompt, scale, logits_soft_cap, layout)
+            output = torch.zeros(rows.shape, dtype=rows.dtype, device=rows.device)
+            last = *request, prompt, scale, logits_soft_cap, self.layout
+            ops.prefill(output, rows, keys, values, self.quantized, self.full, *last)
             output = output.view(len(query), num_new, *output.shape[1:])
         else:
             output = self._attend_dequantized(query, key, value, real, scale, logits_soft_cap)
@@ -254,7 +317,7 @@ class Pages:
         if real is not None:
             # Padding sees itself, so that no row is without anything to attend to.
             causal = causal & (real[:, None] | torch.eye(num_new, dtype=torch.bool, device=device))
-        before = torch.arange(self.num_positions, device=device) < self.seq_lens[:, None]
+        before = torch.arange(self._most_tokens, device=device) < self.seq_lens[:, None]
         mask = torch.cat((before[:, None].expand(-1, num_new, -1), causal), 2)[:, None]
         keys, values = (torch.cat(pair, 2) for pair in zip(self._context(), (key, value), strict=True))
         return masked_attention(query, keys, values, mask, scale, logits_soft_cap)
@@ -269,17 +332,17 @@ class Pages:
             Keys and values [B, H, tokens, D].
         """
         num_new = key.shape[2]
-        self._reserve(self.num_positions + num_new)
+        self._reserve(num_new)
+        self._count = self.num_positions
         parts, index = self._parts(num_new, None)
-        new = key, value
-        keys, values = (x.transpose(1, 2).flatten(0, 1) for x in new)
+        keys, values = (x.transpose(1, 2).flatten(0, 1) for x in (key, value))
         if num_new == 1:
             self._store(keys, values, parts, index)
             return self._dequantized(self._boundary(self.seq_lens))
         self._complete_before(keys, values, parts, index)
         context = self._context()
         self._store(keys, values, parts, index)
-        keys, values = (torch.cat(pair, 2) for pair in zip(context, new, strict=True))
+        keys, values = (torch.cat(pair, 2) for pair in zip(context, (key, value), strict=True))
         return keys, values
 
     def _complete_before(self, key: Tensor, value: Tensor, parts: list[Part], index: int) -> None:
@@ -291,6 +354,11 @@ class Pages:
         """What rows of a chunk that comes next read of what is there; as `_dequantized`."""
         return self._dequantized(torch.minimum(self._boundary(self.seq_lens + 1), self.seq_lens))
 
+    @property
+    def _most_tokens(self) -> int:
+        """No row has more tokens."""
+        return self.max_tokens if self._count is None else self._count
+
     def _boundary(self, seq_lens: Tensor) -> Tensor:
         """KVFormat.boundary of rows."""
         group_size = self.fmt.group_size
@@ -299,7 +367,7 @@ class Pages:
     def _dequantized(self, boundary: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [B, H, tokens, D] in the model's dtype, read quantized below each row's boundary; 0 behind
         the end of shorter rows."""
-        fmt, length = self.fmt, self.num_positions
+        fmt, length = self.fmt, self._most_tokens
         dtype = getattr(torch, fmt.dtype)
         keys, values = (
             torch.zeros(self.batch_size, length, fmt.num_kv_heads, fmt.head_dim, dtype=dtype, device=self.device)
@@ -326,10 +394,17 @@ class Pages:
     def select(self, rows: Tensor) -> None:
         """Keep these rows of the batch, in this order and as often as they are named: int64 [new B]."""
         rows, old = rows.to(self.device), self._rows()
-        self._allocate(len(rows), self.row_pages)
-        for new, pages in zip(self._rows(), old, strict=True):
-            torch.index_select(pages, 0, rows, out=new)
-        self.seq_lens, self.longest = self.seq_lens[rows], self.longest[rows]
+        seq_lens = self.seq_lens[rows]
+        if len(rows) == self.batch_size:
+            for pages in old:
+                pages.copy_(pages[rows])
+        else:
+            self._allocate(len(rows), self.row_pages)
+            for new, pages in zip(self._rows(), old, strict=True):
+                torch.index_select(pages, 0, rows, out=new)
+        self.lengths[:-1] = seq_lens
+        if self.longest is not None:
+            self.longest = self.longest[rows]
 
     def crop(self, count: int) -> None:
         """Forget the last `count` tokens of every row; waits for the device.
@@ -337,12 +412,14 @@ class Pages:
         Of the tokens that are to be read in full precision then, those that only quantized pages still hold come back
         as these hold them; none does where `count` is at most max_crop.
         """
-        count = min(count, self.num_positions)
-        seq_lens = (self.seq_lens - count).clamp(min=0)
-        if (self._boundary(seq_lens) < self._ring_start(self.longest)).any():
-            self._restore(seq_lens)
-        self.seq_lens = seq_lens
-        self.num_positions -= count
+        if self.longest is None:
+            self.longest = self.seq_lens.clone()
+        lengths = (self.lengths - count).clamp(min=0)
+        if (self._boundary(lengths[:-1]) < self._ring_start(self.longest)).any():
+            self._restore(lengths[:-1])
+        self.lengths.copy_(lengths)
+        if self._count is not None:
+            self._count = max(self._count - count, 0)
 
     def _ring_start(self, seq_lens: Tensor) -> Tensor:
         """The first token of the ring's pages of rows that were never longer."""
@@ -351,23 +428,24 @@ class Pages:
 
     def _restore(self, seq_lens: Tensor) -> None:
         """Make the rings those of rows that were never longer, from quantized pages."""
+        assert self.longest is not None
         fmt, start = self.fmt, self._ring_start(self.longest)
         dequantized = self._dequantized(-(-start // fmt.group_size) * fmt.group_size)
         keys, values = (x.transpose(1, 2).flatten(0, 1) for x in dequantized)
         before = self._ring_start(seq_lens)
         count = torch.minimum(seq_lens, start) - before
-        after = self.num_positions - before - count
+        after = keys.shape[0] // self.batch_size - before - count
         parts = [Part(before, before), Part(count, before + count), Part(after, after)]
         ring = self.full_table.clone()
         ring[:, : self.sink_pages] = 0
         tables = torch.zeros_like(self.quantized_table), ring
         ops.store(keys, values, self.quantized, self.full, *self._request(parts, 1, *tables), self.layout)
-        self.longest = seq_lens
+        self.longest = seq_lens.clone()
 
     def reset(self) -> None:
         """Forget all tokens and keep the memory."""
-        self.seq_lens = self.longest = torch.zeros_like(self.seq_lens)
-        self.num_positions = 0
+        self.lengths.zero_()
+        self.longest, self._count = None, 0
 
     # -------------------------------------------------------------------------------------------------------- files
 
@@ -376,7 +454,7 @@ class Pages:
         return {"layout": self.layout} | {name: getattr(self, name) for name in _STATE}
 
     @classmethod
-    def restored(cls, fmt: KVFormat, state: dict[str, Any]) -> Pages:
+    def restored(cls, fmt: KVFormat, state: dict[str, Any], workspace: Tensor | None = None) -> Pages:
         """Pages from what `state` returned, where its tensors are.
 
         Raises:
@@ -384,30 +462,9 @@ class Pages:
         """
         if state["layout"] != fmt.layout():
             raise ValueError("kivi: the file is of another version, whose pages lie otherwise; make the cache again")
-        pages = cls(fmt, state["batch_size"], state["memory"].device, state["max_tokens"], state["max_crop"])
+        pages = cls(fmt, state["batch_size"], state["memory"].device, state["max_tokens"], state["max_crop"], workspace)
         pages._allocate(state["batch_size"], state["row_pages"])
-        pages.memory.copy_(state["memory"])
-        for name in ("num_positions", "seq_lens", "longest"):
-            setattr(pages, name, state[name])
+        for name in ("memory", "lengths"):
+            getattr(pages, name).copy_(state[name])
+        pages.longest, pages._count = state["longest"], int(pages.lengths[-1])
         return pages
-
-
-def masked_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, logits_soft_cap: float
-) -> Tensor:
-    """Attention in PyTorch: query [B, heads, q, D], key and value [B, H, tokens, D] -> [B, q, heads, D].
-
-    Args:
-        mask: bool [B, 1, q, tokens], True where a row attends; None: causal, with as many tokens as rows.
-        logits_soft_cap: 0 for none; needs a mask.
-    """
-    if not logits_soft_cap:
-        output = torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
-        )
-        return output.transpose(1, 2)
-    assert mask is not None
-    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-    scores = logits_soft_cap * torch.tanh(query @ key.transpose(2, 3) * scale / logits_soft_cap)
-    weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1, dtype=torch.float32)
-    return (weights.to(query.dtype) @ value).transpose(1, 2)

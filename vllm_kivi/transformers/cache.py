@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +55,7 @@ class LayerInfo:
 class CacheInfo:
     """What a cache holds, layer by layer."""
 
-    preset: str
+    name: str  # the preset, and what else was said
     layers: tuple[LayerInfo, ...]
 
     @property
@@ -64,7 +66,7 @@ class CacheInfo:
         return LayerInfo(**sums, dtype_bytes=max((layer.dtype_bytes for layer in self.layers), default=0))
 
     def __str__(self) -> str:
-        lines = [f"{self.preset}: layer, tokens quantized and in full precision, MiB, bits per element, compression"]
+        lines = [f"{self.name}: layer, tokens quantized and in full precision, MiB, bits per element, compression"]
         for name, layer in [*enumerate(self.layers), ("all", self.total)]:
             lines.append(
                 f"{name:>5} {layer.quantized_tokens:9,} {layer.full_tokens:9,} {layer.num_bytes / 2**20:10.2f} "
@@ -82,16 +84,14 @@ class KiviLayer(CacheLayerMixin):
     def __init__(
         self,
         config: Any,
-        preset: str,
-        options: KiviOptions,
+        make_format: Callable[..., KVFormat],
         max_cache_len: int,
         max_crop: int,
         workspaces: dict[tuple[Any, ...], Tensor],
     ) -> None:
         super().__init__()
         self.config = config
-        self.preset = preset
-        self.options = options
+        self.make_format = make_format  # of head_dim, num_kv_heads and dtype
         self.max_cache_len = max_cache_len
         self.max_crop = max_crop
         self.workspaces = workspaces  # of all layers, by device and layout
@@ -122,7 +122,7 @@ class KiviLayer(CacheLayerMixin):
             )
         batch_size, num_kv_heads, _, head_dim = key_states.shape
         dtype = str(key_states.dtype).removeprefix("torch.")
-        fmt = self.options.format(self.preset, head_dim, num_kv_heads, dtype)
+        fmt = self.make_format(head_dim, num_kv_heads, dtype)
         device = key_states.device
         self.pages = Pages(fmt, batch_size, device, self.max_cache_len, self.max_crop, self._workspace(fmt, device))
         self.is_initialized = True
@@ -135,6 +135,7 @@ class KiviLayer(CacheLayerMixin):
         if key not in self.workspaces:
             with torch.inference_mode(False):
                 self.workspaces[key] = ops.decode_workspace(fmt.layout(), device)
+            torch._dynamo.mark_static_address(self.workspaces[key])
         return self.workspaces[key]
 
     @property
@@ -247,8 +248,8 @@ class KiviLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         """Remove -tokens_to_remove tokens; a positive number is the length to keep, as in transformers."""
         if self.pages:
-            length = self.pages.num_positions if tokens_to_remove > 0 else 0
-            self.pages.crop(max(length - tokens_to_remove, 0) if tokens_to_remove > 0 else -tokens_to_remove)
+            count = int(tokens_to_remove)  # of some versions of transformers a tensor
+            self.pages.crop(max(self.pages.num_positions - count, 0) if count > 0 else -count)
 
     def info(self) -> LayerInfo:
         if self.pages is None:
@@ -266,7 +267,7 @@ class KiviLayer(CacheLayerMixin):
         return {"shape": shape, "pages": self.pages.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        fmt = self.options.format(self.preset, **state["shape"])
+        fmt = self.make_format(**state["shape"])
         self.pages = Pages.restored(fmt, state["pages"], self._workspace(fmt, state["pages"]["memory"].device))
         self.is_initialized = True
 
@@ -282,7 +283,11 @@ class KiviCache(Cache):
     Args:
         config: the model's own configuration, model.config: the cache looks there which attention the model uses.
         preset: "kivi2", "kivi2_boost", "kivi_k4v2", "kivi4" or "kivi8", see the README.
-        max_cache_len: tokens of a row, with padding, whose memory is taken at once; None: the cache grows.
+        k_bits, v_bits: of keys and values, 2, 4, 8 or 16, which is not quantized; None: the preset's. Any two go
+            together; on a GPU those that no preset has are served by Triton.
+        max_cache_len: tokens of a row, with padding, whose memory is taken at once; None: the cache grows. generate()
+            compiles the model with such a cache, as with StaticCache; layers with a sliding window, which cannot be
+            cropped or move rows then, are StaticCache's.
         max_crop: most tokens that `crop` removes without loss, as assisted decoding does in every step: as many more
             stay in full precision. What a larger crop leaves has its last tokens as they were quantized.
         options: those of KiviOptions, such as residual_length=64.
@@ -292,7 +297,15 @@ class KiviCache(Cache):
     """
 
     def __init__(
-        self, config: Any, preset: str = "kivi2", *, max_cache_len: int | None = None, max_crop: int = 0, **options: Any
+        self,
+        config: Any,
+        preset: str = "kivi2",
+        *,
+        k_bits: int | None = None,
+        v_bits: int | None = None,
+        max_cache_len: int | None = None,
+        max_crop: int = 0,
+        **options: Any,
     ) -> None:
         if preset not in PRESETS:
             raise ValueError(f"kivi: preset={preset!r} is not supported; accepted: {', '.join(PRESETS)}")
@@ -300,16 +313,20 @@ class KiviCache(Cache):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
                 raise ValueError(f"kivi: {name}={value!r} is not supported; accepted: an integer of 0 or more")
         own = KiviOptions.from_additional_config({"kivi": options})
+        bits: dict[str, Any] = {
+            name: value for name, value in (("k_bits", k_bits), ("v_bits", v_bits)) if value is not None
+        }
         text_config = config.get_text_config(decoder=True)
         head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
         if head_dim not in HEAD_DIMS:
             accepted = ", ".join(map(str, HEAD_DIMS))
             raise ValueError(f"kivi: head size {head_dim} is not supported; accepted: {accepted}; use DynamicCache")
-        own.format(preset, head_dim, 1, "bfloat16")  # refuses what does not go together
+        make_format = functools.partial(own.format, preset, **bits)
+        fmt = make_format(head_dim, 1, "bfloat16")  # refuses what does not go together
         stock = StaticCache(config, max_cache_len) if max_cache_len else DynamicCache(config=config)
         workspaces: dict[tuple[Any, ...], Tensor] = {}
         layers = [
-            KiviLayer(text_config, preset, own, max_cache_len or 0, max_crop, workspaces)
+            KiviLayer(text_config, make_format, max_cache_len or 0, max_crop, workspaces)
             if type(layer) in (DynamicLayer, StaticLayer)
             else layer
             for layer in stock.layers
@@ -319,9 +336,15 @@ class KiviCache(Cache):
                 "kivi: nothing would be quantized: no layer of this model has attention without a sliding window; "
                 "use DynamicCache"
             )
+        if fmt.full_precision or (max_cache_len and fmt.boundary(max_cache_len) <= fmt.sink_tokens):
+            logger.warning(
+                "kivi: this cache will quantize nothing: %s",
+                "it keeps keys and values in full precision"
+                if fmt.full_precision
+                else f"max_cache_len={max_cache_len} is hardly more than residual_length={fmt.residual_length}",
+            )
         super().__init__(layers=layers)
-        self.preset = preset
-        self.settings = {"preset": preset, "max_cache_len": max_cache_len, "max_crop": max_crop} | options
+        self.settings = {"preset": preset, "max_cache_len": max_cache_len, "max_crop": max_crop} | bits | options
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KiviCache:
         """A copy for the same model: it still sees which attention that uses."""
@@ -334,7 +357,9 @@ class KiviCache(Cache):
 
     def info(self) -> CacheInfo:
         """What the cache holds; waits for the device. Warns when nothing is quantized."""
-        info = CacheInfo(self.preset, tuple(_layer_info(layer) for layer in self.layers))
+        settings = [f"{name}={value}" for name, value in self.settings.items() if value and name != "preset"]
+        name = " ".join([self.settings["preset"], *settings])
+        info = CacheInfo(name, tuple(_layer_info(layer) for layer in self.layers))
         if not info.total.quantized_tokens:
             logger.warning(
                 "kivi: nothing in this cache is quantized (%d tokens in %d layers): a row stays in full precision up "

@@ -133,12 +133,12 @@ kivi::Batch make_batch(const Tensor& query_start_loc, const Tensor& seq_lens, co
 }
 
 // The kernels trust these numbers with addresses.
-void check_batch(const kivi::Batch& batch, const kivi::Layout& layout, int64_t num_rows, int64_t quantized_columns,
-                 int64_t full_columns) {
-  STD_TORCH_CHECK(batch.query_start_loc[0] >= 0, "kivi: query_start_loc must not be negative");
+void check_batch(const kivi::Batch& batch, const char* starts_name, const kivi::Layout& layout, int64_t num_rows,
+                 int64_t quantized_columns, int64_t full_columns) {
+  STD_TORCH_CHECK(batch.query_start_loc[0] >= 0, "kivi: ", starts_name, " must not be negative");
   for (int32_t r = 0; r < batch.num_reqs; ++r) {
     const int64_t num_new = int64_t(batch.query_start_loc[r + 1]) - batch.query_start_loc[r];
-    STD_TORCH_CHECK(num_new >= 0, "kivi: query_start_loc must not decrease");
+    STD_TORCH_CHECK(num_new >= 0, "kivi: ", starts_name, " must not decrease");
     if (num_new == 0) continue;
     const int64_t num_tokens = batch.seq_lens[r];
     STD_TORCH_CHECK(num_tokens >= num_new, "kivi: request ", r, " has ", num_new, " rows but ", num_tokens, " tokens");
@@ -147,7 +147,7 @@ void check_batch(const kivi::Batch& batch, const kivi::Layout& layout, int64_t n
     STD_TORCH_CHECK(num_tokens <= full_columns * layout.full_page_tokens, "kivi: request ", r, " has ", num_tokens,
                     " tokens, its row of full_block_table covers ", full_columns * layout.full_page_tokens);
   }
-  STD_TORCH_CHECK(batch.query_start_loc[batch.num_reqs] <= num_rows, "kivi: query_start_loc ends at ",
+  STD_TORCH_CHECK(batch.query_start_loc[batch.num_reqs] <= num_rows, "kivi: ", starts_name, " ends at ",
                   batch.query_start_loc[batch.num_reqs], " but there are ", num_rows, " rows");
 }
 
@@ -187,7 +187,8 @@ kivi::StoreParams make_store(const Tensor& key, const Tensor& value, const Tenso
   params.full = make_pages(full_pages, "full_pages", full_block_table, "full_block_table", key, layout.num_kv_heads,
                            full_head_bytes(layout, key.element_size()), params.batch.num_reqs);
   if (key.is_cpu()) {
-    check_batch(params.batch, layout, key.size(0), quantized_block_table.size(1), full_block_table.size(1));
+    check_batch(params.batch, "query_start_loc", layout, key.size(0), quantized_block_table.size(1),
+                full_block_table.size(1));
   }
   return params;
 }
@@ -222,7 +223,8 @@ kivi::AttentionParams make_attention(const Tensor& output, const Tensor& query, 
   params.full = make_pages(full_pages, "full_pages", full_block_table, "full_block_table", query, layout.num_kv_heads,
                            full_head_bytes(layout, query.element_size()), params.batch.num_reqs);
   if (query.is_cpu()) {
-    check_batch(params.batch, layout, query.size(0), quantized_block_table.size(1), full_block_table.size(1));
+    check_batch(params.batch, "query_start_loc", layout, query.size(0), quantized_block_table.size(1),
+                full_block_table.size(1));
   }
   params.scale = static_cast<float>(scale);
   params.logits_soft_cap = static_cast<float>(logits_soft_cap);
@@ -251,6 +253,47 @@ void prefill_cpu(const Tensor& output, const Tensor& query, const Tensor& key, c
   params.value = make_rows(value, "value", query, params.layout.num_kv_heads, params.layout.head_dim);
   params.num_prompt_tokens = make_ints(num_prompt_tokens, "num_prompt_tokens", query, params.batch.num_reqs);
   kivi::cpu::kernels().prefill(params, threads());
+}
+
+kivi::GatherParams make_gather(const Tensor& key, const Tensor& value, const Tensor& quantized_pages,
+                               const Tensor& full_pages, const Tensor& quantized_block_table,
+                               const Tensor& full_block_table, const Tensor& start_loc, const Tensor& first,
+                               const Tensor& boundary, const std::vector<int64_t>& layout_list) {
+  kivi::GatherParams params{};
+  params.layout = make_layout(layout_list);
+  const kivi::Layout& layout = params.layout;
+  params.dtype = make_dtype(key, "key");
+  check_layout_dtype(layout, key.element_size());
+  params.key = make_rows(key, "key", key, layout.num_kv_heads, layout.head_dim);
+  params.value = make_rows(value, "value", key, layout.num_kv_heads, layout.head_dim);
+  params.num_reqs = static_cast<int32_t>(first.size(0));
+  params.start_loc = make_ints(start_loc, "start_loc", key, params.num_reqs + 1);
+  params.first = make_ints(first, "first", key, params.num_reqs);
+  params.boundary = make_ints(boundary, "boundary", key, params.num_reqs);
+  params.quantized = make_pages(quantized_pages, "quantized_pages", quantized_block_table, "quantized_block_table", key,
+                                layout.num_kv_heads, quantized_head_bytes(layout), params.num_reqs);
+  params.full = make_pages(full_pages, "full_pages", full_block_table, "full_block_table", key, layout.num_kv_heads,
+                           full_head_bytes(layout, key.element_size()), params.num_reqs);
+  if (key.is_cpu()) {
+    std::vector<int32_t> ends(params.num_reqs);
+    for (int32_t r = 0; r < params.num_reqs; ++r) {
+      const int64_t end = int64_t(params.first[r]) + params.start_loc[r + 1] - params.start_loc[r];
+      STD_TORCH_CHECK(params.first[r] >= 0 && end == static_cast<int32_t>(end), "kivi: first of request ", r, " is ",
+                      params.first[r], "; accepted: positions of its tokens");
+      ends[r] = static_cast<int32_t>(end);
+    }
+    check_batch({params.num_reqs, params.start_loc, ends.data()}, "start_loc", layout, key.size(0),
+                quantized_block_table.size(1), full_block_table.size(1));
+  }
+  return params;
+}
+
+void gather_cpu(const Tensor& key, const Tensor& value, const Tensor& quantized_pages, const Tensor& full_pages,
+                const Tensor& quantized_block_table, const Tensor& full_block_table, const Tensor& start_loc,
+                const Tensor& first, const Tensor& boundary, const std::vector<int64_t>& layout) {
+  kivi::cpu::kernels().gather(make_gather(key, value, quantized_pages, full_pages, quantized_block_table,
+                                          full_block_table, start_loc, first, boundary, layout),
+                              threads());
 }
 
 #ifdef KIVI_CUDA
@@ -325,22 +368,9 @@ void decode_cuda(const Tensor& output, const Tensor& query, const Tensor& quanti
 
 void gather_cuda(const Tensor& key, const Tensor& value, const Tensor& quantized_pages, const Tensor& full_pages,
                  const Tensor& quantized_block_table, const Tensor& full_block_table, const Tensor& start_loc,
-                 const Tensor& first, const Tensor& boundary, const std::vector<int64_t>& layout_list) {
-  kivi::GatherParams params{};
-  params.layout = make_layout(layout_list);
-  const kivi::Layout& layout = params.layout;
-  params.dtype = make_dtype(key, "key");
-  check_layout_dtype(layout, key.element_size());
-  params.key = make_rows(key, "key", key, layout.num_kv_heads, layout.head_dim);
-  params.value = make_rows(value, "value", key, layout.num_kv_heads, layout.head_dim);
-  params.num_reqs = static_cast<int32_t>(first.size(0));
-  params.start_loc = make_ints(start_loc, "start_loc", key, params.num_reqs + 1);
-  params.first = make_ints(first, "first", key, params.num_reqs);
-  params.boundary = make_ints(boundary, "boundary", key, params.num_reqs);
-  params.quantized = make_pages(quantized_pages, "quantized_pages", quantized_block_table, "quantized_block_table", key,
-                                layout.num_kv_heads, quantized_head_bytes(layout), params.num_reqs);
-  params.full = make_pages(full_pages, "full_pages", full_block_table, "full_block_table", key, layout.num_kv_heads,
-                           full_head_bytes(layout, key.element_size()), params.num_reqs);
+                 const Tensor& first, const Tensor& boundary, const std::vector<int64_t>& layout) {
+  const kivi::GatherParams params = make_gather(key, value, quantized_pages, full_pages, quantized_block_table,
+                                                full_block_table, start_loc, first, boundary, layout);
   check_cuda(params);
   launch(key, [&](Stream stream) { return kivi::cuda::gather(params, static_cast<int>(key.size(0)), stream); });
 }
@@ -394,6 +424,7 @@ STABLE_TORCH_LIBRARY_IMPL(vllm_kivi, CPU, m) {
   m.impl("store", TORCH_BOX(&store_cpu));
   m.impl("decode", TORCH_BOX(&decode_cpu));
   m.impl("prefill", TORCH_BOX(&prefill_cpu));
+  m.impl("gather", TORCH_BOX(&gather_cpu));
 }
 
 #ifdef KIVI_CUDA

@@ -34,13 +34,13 @@ def call(name: str, given: dict[str, Any]) -> None:
     op(**{argument.name: given[argument.name] for argument in op._schema.arguments})
 
 
-@pytest.mark.parametrize("name", ["store", "decode", "prefill"])
+@pytest.mark.parametrize("name", ["store", "decode", "prefill", "gather"])
 def test_opcheck(name: str) -> None:
     """Schema (what is written to), fake implementation, and what torch.compile needs."""
     check_op(name, arguments()[1])
 
 
-@pytest.mark.parametrize("name", ["store", "decode", "prefill"])
+@pytest.mark.parametrize("name", ["store", "decode", "prefill", "gather"])
 def test_wrappers_pass_every_argument(name: str) -> None:
     """The wrapper and the op do the same."""
     (first, given), (second, again) = arguments(), arguments()
@@ -49,7 +49,8 @@ def test_wrappers_pass_every_argument(name: str) -> None:
     call(name, given)
     getattr(ops, name)(*(again[argument] for argument in names))
     assert all(map(torch.equal, first.memory(), second.memory()))
-    assert name == "store" or torch.equal(given["output"], again["output"])
+    assert all(torch.equal(given[rows], again[rows]) for rows in ("key", "value"))
+    assert name not in ("decode", "prefill") or torch.equal(given["output"], again["output"])
 
 
 @pytest.mark.parametrize(
@@ -90,6 +91,23 @@ def test_bad_keys_are_refused() -> None:
             call(name, given | {"value": given["value"][:, :1]})
     with pytest.raises(RuntimeError, match="num_prompt_tokens"):
         call("prefill", given | {"num_prompt_tokens": int32([70])})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"start_loc": int32([0, 70, 60])}, "start_loc must not decrease"),
+        ({"start_loc": int32([0, 70, 111])}, "start_loc ends at 111 but there are 110 rows"),
+        ({"first": int32([0, -1])}, "first of request 1 is -1"),
+        ({"first": int32([2**31 - 60, 0])}, "first of request 0 is 2147483588"),
+        ({"first": int32([0, 4000])}, "request 1 has 4040 tokens, its row of quantized_block_table covers"),
+        ({"boundary": int32([32])}, "boundary must be a contiguous int32 tensor of at least 2"),
+        ({"full_block_table": torch.zeros(2, 3, dtype=torch.int32)}, "full_block_table covers"),
+    ],
+)
+def test_what_gather_refuses(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        call("gather", arguments()[1] | changes)
 
 
 def test_set_isa() -> None:

@@ -7,7 +7,6 @@ process of its own, and the others are skipped. Cases are small, and few: each l
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import os
 import random
 import subprocess
@@ -21,6 +20,7 @@ import test_cuda_decode
 import torch
 from conftest import POISON, Pool, filled_pool, int32, starts, tokens
 from test_decode import queries
+from test_gather import assert_gathered, rows_of
 from test_store import make_hostile
 
 from vllm_kivi import ops, reference
@@ -301,23 +301,11 @@ def test_gather(fmt: KVFormat) -> None:
     pool, _, _ = filled_pool(fmt, lengths)
     n = fmt.full_page_tokens
     pool.full_table[0, -(-fmt.sink_tokens // n) : boundary[0] // n] = 0
-    memory = torch.full((2, sum(counts) + 9, fmt.num_kv_heads, fmt.head_dim + 1), float("nan"), dtype=pool.dtype)
-    memory = memory.to(DEVICE)
+    memory = rows_of(pool, sum(counts) + 9, 1, DEVICE)
     batch = starts(counts), int32(first), int32(boundary)
     operands = *pool.to(DEVICE).pages(), *test_cuda.on_device(*batch), fmt.layout()
     test_cuda.ops.gather(*memory[..., : fmt.head_dim], *operands)
-    memory = memory.cpu()
-    assert memory[..., fmt.head_dim :].isnan().all()
-    assert memory[:, sum(counts) :].isnan().all()
-    for request, (start, end) in enumerate(itertools.pairwise(starts(counts).tolist())):
-        if start == end:
-            continue
-        tables, stop = (pool.quantized_table[request], pool.full_table[request]), first[request] + end - start
-        exact = reference.gather_dequantized(fmt, pool.quantized, pool.full, *tables, stop, boundary[request])
-        for kind, ours, theirs in zip("kv", memory[..., : fmt.head_dim], exact, strict=True):
-            is_rotated = kind == "v" and fmt.rotate_values
-            where = f"{kind} of request {request}, {fmt}"
-            test_cuda.assert_rounded(ours[start:end], theirs[first[request] :], is_rotated, where)
+    assert_gathered(pool, memory, counts, first, boundary)
 
 
 # --------------------------------------------------------------------------------------------------------- on GPUs only

@@ -265,9 +265,10 @@ def gather(
     boundary: Tensor,
     layout: Sequence[int],
 ) -> None:
-    """Writes tokens of requests to `key` and `value`, dequantized where they are quantized. CUDA only.
+    """Writes tokens of requests to `key` and `value`, dequantized where they are quantized.
 
-    Row start_loc[r] + i is token first[r] + i of request r; it is read quantized below boundary[r], sinks apart.
+    Row start_loc[r] + i is token first[r] + i of request r; it is read quantized below boundary[r], sinks apart. What
+    has no page (null block) is 0 on a CPU and anything on a GPU.
     start_loc: int32 [num_reqs + 1]; first, boundary: int32 [num_reqs].
     """
     _serving(key.device, tuple(layout)).gather(

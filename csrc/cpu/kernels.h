@@ -18,6 +18,7 @@ struct Kernels {
   void (*store)(const StoreParams&, const Threads&);
   void (*decode)(const AttentionParams&, const Threads&);
   void (*prefill)(const AttentionParams&, const Threads&);
+  void (*gather)(const GatherParams&, const Threads&);
 };
 
 // Each is one of kernels_*.cpp: the same source under other compiler flags.

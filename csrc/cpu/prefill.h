@@ -12,12 +12,12 @@
 #pragma once
 
 #include "decode.h"
+#include "dequantize.h"
 
 namespace kivi::cpu::KIVI_ISA {
 
 constexpr int kTileRows = 96;
 constexpr int kTileTokens = 64;
-constexpr int kChunkTokens = 32;  // divides every group size
 #if defined(__AVX512F__)
 constexpr int kGemmRows = 6;  // 24 accumulators of 32 registers
 constexpr int kGemmVectors = 4;
@@ -43,77 +43,6 @@ struct TokenTile {
 
 // --------------------------------------------------------------------------------------------------- filling the tile
 
-template <class T, int BITS>
-void dequantize_keys(const Layout& layout, const char* tile, int token, TokenTile& out, int column) {
-  using Codes = KeyCodes<BITS>;
-  alignas(64) float scales[kMaxHeadDim], zeros[kMaxHeadDim];
-  for (int channel = 0; channel < layout.head_dim; channel += kLanes) {
-    save(scales + channel, to_floats(reinterpret_cast<const T*>(tile + layout.k_scale_offset) + channel));
-    save(zeros + channel, to_floats(reinterpret_cast<const T*>(tile + layout.k_zero_offset) + channel));
-  }
-  for (int i = 0; i < kChunkTokens; i += kLanes) {
-    for (int channel = 0; channel < layout.head_dim; channel += Codes::kChannels) {
-      const Words words = Codes::words(tile, layout, channel, token + i);
-      unrolled<Codes::kChannels>([&]<int INDEX>() __attribute__((always_inline)) {
-        const Floats key = Codes::template code<INDEX>(words) * scales[channel + INDEX] + zeros[channel + INDEX];
-        save(out.keys[channel + INDEX] + column + i, key);
-      });
-    }
-  }
-}
-
-// Replaces the boosted channels of what dequantize_keys made of a tile.
-template <class T>
-void dequantize_boosted(const Layout& layout, const char* tile, int token, TokenTile& out, int column) {
-  int32_t channels[kMaxHeadDim + kLanes];
-  alignas(64) float scales[kMaxHeadDim], zeros[kMaxHeadDim];
-  find_boosted<T>(layout, tile, channels);
-  for (int channel = 0; channel < layout.head_dim; channel += kLanes) {
-    save(scales + channel, magnitude(to_floats(reinterpret_cast<const T*>(tile + layout.k_scale_offset) + channel)));
-    save(zeros + channel, to_floats(reinterpret_cast<const T*>(tile + layout.k_zero_offset) + channel));
-  }
-  for (int i = 0; i < kChunkTokens; i += 2 * kLanes) {
-    for (int first = 0; first < layout.boosted_channels; first += 8) {
-      const Words words = BoostCodes::words(tile, layout, first, token + i);
-      unrolled<8>([&]<int INDEX>() __attribute__((always_inline)) {
-        const int channel = channels[first + INDEX];
-        const Floats even = BoostCodes::code<INDEX, 0>(words), odd = BoostCodes::code<INDEX, 1>(words);
-        const Floats low[2] = {interleave_low(even, odd), interleave_high(even, odd)};
-        for (int j = 0; j < 2; ++j) {
-          const Words high = KeyCodes<2>::words(tile, layout, channel, token + i + j * kLanes);
-          const Floats code = low_bits<2>(high >> (2 * (channel % KeyCodes<2>::kChannels))) * 4.0f + low[j];
-          save(out.keys[channel] + column + i + j * kLanes, code * scales[channel] + zeros[channel]);
-        }
-      });
-    }
-  }
-}
-
-template <class T, int BITS>
-void dequantize_values(const Layout& layout, const char* tile, int token, TokenTile& out, int column) {
-  alignas(64) float scales[kChunkTokens], zeros[kChunkTokens];
-  for (int group = 0; group < layout.num_value_groups; ++group) {
-    const int64_t first = int64_t(group) * layout.group_size + token;
-    for (int i = 0; i < kChunkTokens; i += kLanes) {
-      save(scales + i, to_floats(reinterpret_cast<const T*>(tile + layout.v_scale_offset) + first + i));
-      save(zeros + i, to_floats(reinterpret_cast<const T*>(tile + layout.v_zero_offset) + first + i));
-    }
-    const int end_channel = at_most((group + 1) * layout.group_size, layout.head_dim);
-    for (int channel = group * layout.group_size; channel < end_channel; channel += kUnitChannels) {
-      for (int i = 0; i < kChunkTokens; i += 8) {
-        const ValueCodes<BITS> codes(tile, layout, (token + i) / 8, channel);
-        unrolled<8>([&]<int TOKEN>() __attribute__((always_inline)) {
-          Floats a = codes.template code<TOKEN, 0>() * scales[i + TOKEN] + zeros[i + TOKEN];
-          Floats b = codes.template code<TOKEN, 1>() * scales[i + TOKEN] + zeros[i + TOKEN];
-          ValueCodes<BITS>::in_channel_order(a, b);
-          save(out.values[column + i + TOKEN] + channel, a);
-          save(out.values[column + i + TOKEN] + channel + kLanes, b);
-        });
-      }
-    }
-  }
-}
-
 // The tokens of quantized pages from `start`, a multiple of 32, to at least `end`.
 template <class T>
 void fill_quantized(const AttentionParams& params, int request, int head, int start, int end, TokenTile& out) {
@@ -125,9 +54,8 @@ void fill_quantized(const AttentionParams& params, int request, int head, int st
     const char* tile = tile_of(layout, params.quantized, request, head, position - token);
     if (tile == nullptr) continue;
     out.present |= uint64_t(0xffffffff) << column;
-    with_bits(layout.k_bits, [&]<int BITS>() { dequantize_keys<T, BITS>(layout, tile, token, out, column); });
-    if (layout.boosted_channels > 0) dequantize_boosted<T>(layout, tile, token, out, column);
-    with_bits(layout.v_bits, [&]<int BITS>() { dequantize_values<T, BITS>(layout, tile, token, out, column); });
+    dequantize_keys<T>(layout, tile, token, out.keys[0] + column, kTileTokens);
+    dequantize_values<T>(layout, tile, token, out.values[column], kMaxHeadDim);
   }
   out.clear_absent_values(layout.head_dim);
 }

@@ -19,22 +19,44 @@ KIVI_INLINE Floats butterflies(Floats v) {
   }
 }
 
+// One run of SIZE channels, in registers.
+template <int SIZE>
+KIVI_INLINE void rotate_run(float* x) {
+  constexpr int kVectors = SIZE / kLanes;
+  Floats v[kVectors];
+  for (int i = 0; i < kVectors; ++i) v[i] = butterflies(load<Floats>(x + i * kLanes));
+  for (int width = 1; width < kVectors; width *= 2) {
+    for (int i = 0; i < kVectors; ++i) {
+      if (i & width) continue;
+      const Floats a = v[i], b = v[i + width];
+      v[i] = a + b;
+      v[i + width] = a - b;
+    }
+  }
+  for (int i = 0; i < kVectors; ++i) save(x + i * kLanes, v[i] * rotation_norm(SIZE));
+}
+
 // x [head_dim], in place; each operation is rounded to float32.
 inline void rotate(float* x, int head_dim) {
   const int size = rotation_size(head_dim);
-  for (int channel = 0; channel < head_dim; channel += kLanes) {
-    save(x + channel, butterflies(load<Floats>(x + channel)));
-  }
-  for (int width = kLanes; width < size; width *= 2) {
-    for (int channel = 0; channel < head_dim; channel += kLanes) {
-      if (channel & width) continue;
-      const Floats a = load<Floats>(x + channel), b = load<Floats>(x + channel + width);
-      save(x + channel, a + b);
-      save(x + channel + width, a - b);
+  for (int channel = 0; channel < head_dim; channel += size) {
+    switch (size) {
+      case 16:
+        rotate_run<16>(x + channel);
+        break;
+      case 32:
+        rotate_run<32>(x + channel);
+        break;
+      case 64:
+        rotate_run<64>(x + channel);
+        break;
+      case 128:
+        rotate_run<128>(x + channel);
+        break;
+      default:
+        rotate_run<256>(x + channel);
     }
   }
-  for (int channel = 0; channel < head_dim; channel += kLanes)
-    save(x + channel, load<Floats>(x + channel) * rotation_norm(size));
 }
 
 }  // namespace kivi::cpu::KIVI_ISA

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vllm_kivi import ops, reference
+from vllm_kivi import ops
 from vllm_kivi.format import KVFormat
 from vllm_kivi.transformers.decode import compiled_decode, decode, page_views
 from vllm_kivi.transformers.plain import masked_attention
@@ -370,23 +370,17 @@ class Pages:
         fmt, length = self.fmt, self._most_tokens
         dtype = getattr(torch, fmt.dtype)
         keys, values = (
-            torch.zeros(self.batch_size, length, fmt.num_kv_heads, fmt.head_dim, dtype=dtype, device=self.device)
+            torch.empty(self.batch_size, length, fmt.num_kv_heads, fmt.head_dim, dtype=dtype, device=self.device)
             for _ in range(2)
         )
         tables = self.quantized_table, self.full_table
-        if self.device.type == "cuda":
-            starts = length * torch.arange(self.batch_size + 1, dtype=torch.int32, device=self.device)
-            first = torch.zeros_like(self.seq_lens)
-            rows = keys.flatten(0, 1), values.flatten(0, 1)
-            ops.gather(*rows, self.quantized, self.full, *tables, starts, first, boundary, self.layout)
-            absent = torch.arange(length, device=self.device) >= self.seq_lens[:, None]
-            for x in (keys, values):
-                x.masked_fill_(absent[..., None, None], 0)
-        else:
-            for row, (count, below) in enumerate(zip(self.seq_lens.tolist(), boundary.tolist(), strict=True)):
-                blocks = tables[0][row], tables[1][row]
-                read = reference.gather_dequantized(fmt, self.quantized, self.full, *blocks, count, below)
-                keys[row, :count], values[row, :count] = read
+        starts = length * torch.arange(self.batch_size + 1, dtype=torch.int32, device=self.device)
+        first = torch.zeros_like(self.seq_lens)
+        rows = keys.flatten(0, 1), values.flatten(0, 1)
+        ops.gather(*rows, self.quantized, self.full, *tables, starts, first, boundary, self.layout)
+        absent = torch.arange(length, device=self.device) >= self.seq_lens[:, None]
+        for x in (keys, values):  # as wide numbers, of which there are few
+            x.view(torch.int64).masked_fill_(absent[..., None, None], 0)
         return keys.transpose(1, 2), values.transpose(1, 2)
 
     # --------------------------------------------------------------------------------------------------------- rows

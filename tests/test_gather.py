@@ -1,0 +1,157 @@
+"""gather against the reference, to the rounding of the model's dtype. GPU kernels share the checks."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Sequence
+
+import pytest
+import torch
+from conftest import POISON, Pool, filled_pool, int32, starts, tokens
+from test_store import random_case
+from torch import Tensor
+
+from vllm_kivi import ops, reference
+from vllm_kivi.format import DTYPE_BYTES, HEAD_DIMS, PRESETS, KVFormat
+
+
+def assert_rounded(ours: Tensor, exact: Tensor, slack: Tensor | float, message: str) -> None:
+    """`ours` is `exact`, float64, computed in float32 with one rounding and a `slack`, then rounded to its dtype."""
+    limits = torch.finfo(ours.dtype)
+    bound = exact.abs() * (limits.eps / 2 + 2**-24) + limits.smallest_normal * limits.eps + slack
+    assert ((ours.double() - exact).abs() <= bound).all(), message
+
+
+def random_gather(rng: random.Random) -> tuple[Pool, list[int], list[int], list[int]]:
+    """A pool, and of each request how many tokens are asked for, from which on, and the boundary.
+
+    Any first token, any boundary, sinks; a page in full precision is there only where it is read.
+    """
+    fmt = random_case(rng)
+    lengths = [rng.choice((1, fmt.group_size, rng.randint(1, 300))) for _ in range(3)]
+    pool, _, _ = filled_pool(fmt, lengths, seed=rng.randrange(1000))
+    first = [rng.choice((0, rng.randrange(length))) for length in lengths]
+    counts = [
+        rng.choice((0, length - start, rng.randint(0, length - start)))
+        for start, length in zip(first, lengths, strict=True)
+    ]
+    boundary = [rng.choice((0, length // fmt.group_size * fmt.group_size)) for length in lengths]
+    boundary = [rng.choice((limit, rng.randint(0, limit))) for limit in boundary]
+    for row, limit in zip(pool.full_table, boundary, strict=True):
+        n = fmt.full_page_tokens
+        row[-(-fmt.sink_tokens // n) : limit // n] = 0
+    return pool, counts, first, boundary
+
+
+def rows_of(pool: Pool, num_rows: int, padding: int, device: torch.device | str = "cpu") -> Tensor:
+    """Memory for keys and values [2, num_rows, H, D + padding]; every byte is NaN's."""
+    shape = 2, num_rows, pool.fmt.num_kv_heads, pool.fmt.head_dim + padding
+    return torch.full(shape, float("nan"), dtype=pool.dtype, device=device)
+
+
+def assert_gathered(
+    pool: Pool, memory: Tensor, counts: Sequence[int], first: Sequence[int], boundary: Sequence[int], fused: bool = True
+) -> None:
+    """What gather wrote to `rows_of`; the rest of it is still NaN. Without `fused` a product is rounded as well."""
+    fmt, memory = pool.fmt, memory.cpu()
+    assert memory[..., fmt.head_dim :].isnan().all()
+    assert memory[:, sum(counts) :].isnan().all()
+    for request, (start, end) in enumerate(itertools.pairwise(starts(counts).tolist())):
+        if start == end:
+            continue
+        tables, stop = (pool.quantized_table[request], pool.full_table[request]), first[request] + end - start
+        # Tokens from the boundary on are exact, so what lies before `first` need not be there.
+        exact = reference.gather_dequantized(fmt, pool.quantized, pool.full, *tables, stop, boundary[request])
+        for kind, ours, theirs in zip("kv", memory[..., : fmt.head_dim], exact, strict=True):
+            slack = 0.0 if fused else 2**-22 * theirs.abs().max()
+            theirs = theirs[first[request] :]
+            if kind == "v" and fmt.rotate_values:  # a sum over the vector
+                slack = slack + 2**-21 * theirs.norm(dim=-1, keepdim=True)
+            assert_rounded(ours[start:end], theirs, slack, f"{kind} of request {request} from {first}, {fmt}")
+
+
+def gather(
+    pool: Pool,
+    counts: Sequence[int],
+    first: Sequence[int],
+    boundary: Sequence[int],
+    num_padding_rows: int = 0,
+    padding: int = 0,
+) -> Tensor:
+    memory = rows_of(pool, sum(counts) + num_padding_rows, padding)
+    batch = starts(counts), int32(first), int32(boundary)
+    ops.gather(*memory[..., : pool.fmt.head_dim], *pool.pages(), *batch, pool.fmt.layout())
+    return memory
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_equals_the_reference(seed: int, isa: str) -> None:
+    """20 cases a seed; rows that are not asked for stay poison."""
+    rng = random.Random(seed)
+    for _ in range(20):
+        pool, *asked = random_gather(rng)
+        memory = gather(pool, *asked, rng.choice((0, 40)), rng.choice((0, 1, 8)))
+        assert_gathered(pool, memory, *asked, fused=isa != "portable")
+
+
+@pytest.mark.parametrize("dtype", DTYPE_BYTES)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_and_shapes(preset: str, head_dim: int, dtype: str, isa: str) -> None:
+    fmt = KVFormat(preset, head_dim, 2, dtype, sink_tokens=4, rotate_values=head_dim in (80, 128))
+    pool, _, _ = filled_pool(fmt, [100, 70])
+    asked = [90, 60], [3, 10], [64, 64]
+    assert_gathered(pool, gather(pool, *asked), *asked, fused=isa != "portable")
+
+
+@pytest.mark.parametrize("full_precision", [False, True])
+def test_tokens_without_a_page_are_0(full_precision: bool, isa: str) -> None:
+    """Of either kind; the null block itself is not read."""
+    fmt = KVFormat("kivi2", 64, 2, "bfloat16", sink_tokens=4, full_precision=full_precision)
+    pool, _, _ = filled_pool(fmt, [128])
+    n = fmt.full_page_tokens
+    complete = gather(pool, [128], [0], [96])
+    pool.quantized_table[0, 1] = 0
+    pool.full_table[0, 100 // n] = 0
+    gone = torch.arange(128)
+    gone = (gone >= 32) & (gone < 64) | (gone // n == 100 // n)
+    memory = gather(pool, [128], [0], [96])
+    assert (memory[:, gone] == 0).all()
+    assert torch.equal(memory[:, ~gone], complete[:, ~gone])
+
+
+@pytest.mark.parametrize("dtype", DTYPE_BYTES)
+def test_codes_beyond_the_largest_number(dtype: str, isa: str) -> None:
+    """The scale of a group over all numbers is rounded up, and its largest code is not infinite."""
+    fmt = KVFormat("kivi2", 64, 1, dtype)
+    key = tokens(fmt, 32, torch.Generator().manual_seed(0))
+    limits = torch.finfo(key.dtype)
+    key[:8], key[8:16] = limits.min, limits.max
+    pool = Pool(fmt, [32])
+    ops.store(key, key.flip(2), *pool.pages(), starts([32]), int32([32]), fmt.layout())
+    memory = gather(pool, [32], [0], [32])
+    assert memory.isfinite().all()
+    assert (memory[:, 8:16] > 0.9 * limits.max).all()
+
+
+def test_unused_bytes_are_not_read(isa: str) -> None:
+    """A page of many tokens whose other tiles, and the tile's padding, are poison."""
+    fmt = KVFormat("kivi2", 80, 2, "bfloat16", group_size=128, page_tokens=384)
+    pool, _, _ = filled_pool(fmt, [140])
+    assert (pool.quantized[pool.quantized_table[0, 0], :, fmt.tile_bytes :] == POISON).all()
+    asked = [137], [3], [128]
+    assert_gathered(pool, gather(pool, *asked), *asked)
+
+
+def test_threads_do_not_change_a_bit() -> None:
+    pool, *asked = random_gather(random.Random(5))
+    num_threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            results.append(gather(pool, *asked).view(torch.uint8))
+    finally:
+        torch.set_num_threads(num_threads)
+    assert torch.equal(*results)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import re
 import statistics
 import time
@@ -20,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from report import cpu_info
 from torch import Tensor
 from vllm import __version__ as vllm_version
 from vllm import _custom_ops as vllm_ops
@@ -31,17 +31,6 @@ from vllm_kivi.format import PRESETS, KVFormat
 
 BLOCK_SIZE = 128  # vLLM's default on the CPU
 MIN_LAYERS = 30
-
-
-def cpu_info() -> tuple[str, int]:
-    """Model name and bytes of the last-level cache."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-        name = re.search(r"model name\s*:\s*(.*)", text)[1]
-        size = re.search(r"cache size\s*:\s*(\d+) KB", text)
-        return name, int(size[1]) * 1024 if size else 32 << 20
-    except (OSError, TypeError):
-        return platform.processor() or platform.machine(), 32 << 20
 
 
 def table_of(num_requests: int, pages: int) -> Tensor:

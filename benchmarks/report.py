@@ -6,12 +6,24 @@ A section of an earlier run with the same title is replaced, whatever else the f
 from __future__ import annotations
 
 import json
+import platform
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import plots
+
+
+def cpu_info() -> tuple[str, int]:
+    """Model name and bytes of the last-level cache."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+        name = re.search(r"model name\s*:\s*(.*)", text)[1]
+        size = re.search(r"cache size\s*:\s*(\d+) KB", text)
+        return name, int(size[1]) * 1024 if size else 32 << 20
+    except (OSError, TypeError):
+        return platform.processor() or platform.machine(), 32 << 20
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 Runs the same model with DynamicCache, KiviCache, and transformers' own QuantizedCache over quanto and HQQ
 (pip install optimum-quanto hqq; none is missed), on the GPU if there is one. Each cache has a process of its own, all
 take their turns and then again in reverse order, and what is printed are medians of both rounds. The tables also go to
-benchmarks/results/<device>.md, with plots.
+benchmarks/results/<device>.md, with plots. Caches whose names end in "static" are compiled (--cache dynamic static
+kivi2-static).
 
     python benchmarks/bench_transformers.py [--context 512 4096] [--threads 1] [--model models/smollm2] ...
     python benchmarks/bench_transformers.py --batch-size 8 --context 2048 8192      # on a GPU
@@ -39,7 +40,7 @@ import transformers
 from report import Column, Section, cpu_info
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, QuantizedCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, QuantizedCache, StaticCache
 from transformers.cache_utils import Cache
 
 from vllm_kivi.format import PRESETS
@@ -52,7 +53,11 @@ CACHES = {"dynamic": (DYNAMIC, "sdpa")}
 for _preset in PRESETS:
     CACHES[_preset] = (f"KiviCache {_preset}", "kivi")
     CACHES[f"{_preset}-sdpa"] = (f"KiviCache {_preset}, dequantized", "sdpa")
+    CACHES[f"{_preset}-static"] = (f"KiviCache {_preset}, compiled", "kivi")
 CACHES |= {backend: (f"QuantizedCache {backend}", "sdpa") for backend in ("quanto", "hqq")}
+CACHES["static"] = ("StaticCache, compiled", "sdpa")
+# Steps of one token of these are compiled, on a GPU into CUDA graphs: they take memory for all tokens at once.
+COMPILED = {name for name in CACHES if name.endswith("static")}
 DEFAULT = ("dynamic", "kivi2", "kivi2_boost", "kivi2-sdpa", "quanto", "hqq")
 NBITS = 2
 # The axis that transformers' documentation advises for each.
@@ -128,16 +133,20 @@ def load(args: argparse.Namespace, attention: str) -> Any:
     return model.to(args.device).eval()
 
 
-def cache_factory(name: str, config: Any, dtype: str) -> Callable[[], Cache]:
-    """Makes empty caches; those of transformers have the group size and residual length of kivi2."""
+def cache_factory(name: str, config: Any, dtype: str) -> Callable[[int], Cache]:
+    """Makes empty caches for so many tokens; those of transformers have group size and residual length of kivi2."""
     if name == "dynamic":
-        return lambda: DynamicCache(config=config)
+        return lambda length: DynamicCache(config=config)
+    if name == "static":
+        return lambda length: StaticCache(config=config, max_cache_len=length)
+    if name in COMPILED:
+        return lambda length: KiviCache(config, preset=name.removesuffix("-static"), max_cache_len=length)
     if name not in AXES:
-        return lambda: KiviCache(config, preset=name.removesuffix("-sdpa"))
+        return lambda length: KiviCache(config, preset=name.removesuffix("-sdpa"))
     fmt = KiviOptions().format("kivi2", 64, 1, dtype)
     settings = {"q_group_size": fmt.group_size, "residual_length": fmt.residual_length}
     axis = AXES[name]
-    return lambda: QuantizedCache(name, config, nbits=NBITS, axis_key=axis, axis_value=axis, **settings)
+    return lambda length: QuantizedCache(name, config, nbits=NBITS, axis_key=axis, axis_value=axis, **settings)
 
 
 def cache_bytes(cache: Cache) -> int:
@@ -196,13 +205,15 @@ class Runner:
         self.args = args
         self.model = load(args, CACHES[name][1])
         self.make = cache_factory(name, self.model.config, args.dtype)
+        self.compiled = name in COMPILED
         self.memory = Memory(args.device)
         self.generator = torch.Generator().manual_seed(0)
 
     def timed(self, tokens: Tensor, cache: Cache) -> tuple[Tensor, float]:
         """The most probable next token of each row [B, 1], and how many seconds it took."""
         start = time.perf_counter()
-        logits = self.model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        model = self.step if self.compiled and tokens.shape[1] == 1 else self.model
+        logits = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         token = logits[:, -1:].argmax(-1)
         if self.memory.cuda:
             torch.cuda.synchronize()
@@ -213,12 +224,16 @@ class Runner:
         args, memory = self.args, self.memory
         vocabulary = self.model.config.get_text_config().vocab_size
         prompt = torch.randint(vocabulary, (args.batch_size, context), generator=self.generator).to(args.device)
+        length = context + WARM_STEPS + args.steps
+        if self.compiled:
+            torch.compiler.reset()
+            self.step = torch.compile(self.model.forward, mode="reduce-overhead", fullgraph=True)
         if memory.cuda:
-            self.timed(prompt, self.make())  # kernels are loaded, and memory is taken, where lengths are new
+            self.timed(prompt, self.make(length))  # kernels are loaded, and memory is taken, where lengths are new
         memory.release()
         before = memory.used()
         memory.forget_peak()
-        cache = self.make()
+        cache = self.make(length)
         token, prefill = self.timed(prompt, cache)
         prefill_peak = memory.peak() - before
         for _ in range(WARM_STEPS):
@@ -241,7 +256,8 @@ def child(args: argparse.Namespace, name: str, out: Path) -> None:
         context = 0
         try:
             runner = Runner(args, name)
-            runner.run(WARM_TOKENS)
+            if not runner.compiled:  # which begins anew at every length
+                runner.run(WARM_TOKENS)
             for context in args.context:
                 print(json.dumps(runner.run(context)), file=stream, flush=True)
         except Exception as error:

@@ -122,7 +122,7 @@ class KiviLayer(CacheLayerMixin):
             )
         batch_size, num_kv_heads, _, head_dim = key_states.shape
         dtype = str(key_states.dtype).removeprefix("torch.")
-        fmt = self.make_format(head_dim, num_kv_heads, dtype)
+        fmt = self.make_format(head_dim=head_dim, num_kv_heads=num_kv_heads, dtype=dtype)
         device = key_states.device
         self.pages = Pages(fmt, batch_size, device, self.max_cache_len, self.max_crop, self._workspace(fmt, device))
         self.is_initialized = True
@@ -322,7 +322,7 @@ class KiviCache(Cache):
             accepted = ", ".join(map(str, HEAD_DIMS))
             raise ValueError(f"kivi: head size {head_dim} is not supported; accepted: {accepted}; use DynamicCache")
         make_format = functools.partial(own.format, preset, **bits)
-        fmt = make_format(head_dim, 1, "bfloat16")  # refuses what does not go together
+        fmt = make_format(head_dim=head_dim, num_kv_heads=1, dtype="bfloat16")  # refuses what does not go together
         stock = StaticCache(config, max_cache_len) if max_cache_len else DynamicCache(config=config)
         workspaces: dict[tuple[Any, ...], Tensor] = {}
         layers = [

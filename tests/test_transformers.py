@@ -565,6 +565,26 @@ def test_assisted_decoding(llama):
     assert actual.tolist() == wanted.tolist()
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("max_cache_len", [None, 240])
+def test_layers_on_two_gpus(llama, path, max_cache_len):
+    """Every layer's pages are where its weights are."""
+    pytest.importorskip("accelerate")
+    places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.layers.0": 0, "model.layers.1": 1}
+    places |= {"model.norm": 1, "lm_head": 1}
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, device_map=places)
+    model.set_attn_implementation("kivi")
+    said, mask = ids(200, 2, 3), torch.ones(3, 200, dtype=torch.long, device=DEVICE)
+    mask[1, :77] = 0
+    settings = {"attention_mask": mask, "max_new_tokens": 40, "disable_compile": True} | GREEDY
+    caches = [KiviCache(model.config, max_cache_len=max_cache_len, **SMALL) for _ in range(2)]
+    answers = [
+        one.generate(said, past_key_values=cache, **settings) for one, cache in zip((model, llama), caches, strict=True)
+    ]
+    assert [layer.pages.memory.device.index for layer in caches[0].layers] == [0, 1]
+    assert answers[0].tolist() == answers[1].tolist()
+
+
 # -------------------------------------------------------------------------------------------------------------- copies
 
 

@@ -315,8 +315,10 @@ class Pages:
         num_new, device = key.shape[2], self.device
         causal = torch.ones(num_new, num_new, dtype=torch.bool, device=device).tril().expand(self.batch_size, -1, -1)
         if real is not None:
-            # Padding sees itself, so that no row is without anything to attend to.
+            # Padding sees itself, so that no row is without anything to attend to. Some kernels hide by large numbers,
+            # which what padding holds may exceed.
             causal = causal & (real[:, None] | torch.eye(num_new, dtype=torch.bool, device=device))
+            key, value = (x.masked_fill(~real[:, None, :, None], 0) for x in (key, value))
         before = torch.arange(self._most_tokens, device=device) < self.seq_lens[:, None]
         mask = torch.cat((before[:, None].expand(-1, num_new, -1), causal), 2)[:, None]
         keys, values = (torch.cat(pair, 2) for pair in zip(self._context(), (key, value), strict=True))

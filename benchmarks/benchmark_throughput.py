@@ -3,12 +3,14 @@ cached token cost?
 
 Takes the flags of vLLM's own benchmark of that name, except that --kv-cache-dtype, --num-prompts and --input-len may
 list several: each dtype gets an engine in a process of its own and a line of the table for each number of requests and
-length. The table also goes to benchmarks/results/<device>.md, and with several lengths a second one: the slope of the
-inter-token latency, by least squares. The engine's flags are passed on. Prompts are random tokens.
+length. With one number and one length --tensor-parallel-size may list several, each with an engine of its own. The
+table also goes to benchmarks/results/<device>.md, and with several lengths a second one: the slope of the inter-token
+latency, by least squares. The engine's flags are passed on. Prompts are random tokens.
 
     python benchmarks/benchmark_throughput.py --kv-cache-dtype auto fp8 kivi2 --num-prompts 32 --input-len 8192
     python benchmarks/benchmark_throughput.py --num-prompts 8 32 0              # 0: as many of the longest as fit
     python benchmarks/benchmark_throughput.py --input-len 2048 8192 12288       # the slope
+    python benchmarks/benchmark_throughput.py --tensor-parallel-size 1 2        # two GPUs against one
 
 The requests of a line run twice. With 1 token each they give the cold prefill. With more, a decode step is
 - what the second run takes longer than the first, over the steps between: also tokens that are decoded beside other
@@ -22,6 +24,7 @@ Without --model: Llama-3.1-8B's shapes with dummy weights; nothing is downloaded
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -46,6 +49,7 @@ COLUMNS = (
     Column("total", "total tokens/s", ",.0f"),
     Column("preempted", "preemptions"),
 )
+GPUS = Column("tensor_parallel_size", "GPUs")
 SLOPES = (
     Column("kv_cache_dtype", "kv-cache-dtype"),
     Column("slope", "ms a step and cached token", ".3e"),
@@ -192,15 +196,16 @@ def measure(out: Path, rest: list[str]) -> None:
     )
 
 
-def run(dtype: str, common: list[str], folder: Path) -> dict[str, Any]:
-    """Measure one cache dtype; what the process printed is shown only if it fails."""
-    log, out = folder / f"{dtype}.log", folder / f"{dtype}.json"
-    command = [sys.executable, __file__, "--measure", str(out), "--kv-cache-dtype", dtype, *common]
+def run(dtype: str, size: int, common: list[str], folder: Path) -> dict[str, Any]:
+    """Measure one cache dtype on so many GPUs; what the process printed is shown only if it fails."""
+    log, out = folder / f"{dtype}-{size}.log", folder / f"{dtype}-{size}.json"
+    command = [sys.executable, __file__, "--measure", str(out), "--kv-cache-dtype", dtype]
+    command += [f"--tensor-parallel-size={size}", *common]
     with log.open("w") as stream:
         failed = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT).returncode
     if failed or not out.exists():
         print(log.read_text()[-6000:], file=sys.stderr)
-        raise SystemExit(f"{dtype}: failed, see above")
+        raise SystemExit(f"{dtype}, tensor parallel size {size}: failed, see above")
     return json.loads(out.read_text())
 
 
@@ -254,6 +259,7 @@ def main() -> None:
     )
     parser.add_argument("--model", help="default: Llama-3.1-8B's shapes, dummy weights")
     parser.add_argument("--kv-cache-dtype", nargs="+", default=["auto", "kivi2"])
+    parser.add_argument("--tensor-parallel-size", "-tp", type=int, nargs="+", default=[1])
     parser.add_argument("--max-num-seqs", type=int, help="default: the most --num-prompts, or 256")
     parser.add_argument("--max-model-len", type=int, help="default: a request, rounded up to a multiple of 128 tokens")
     parser.add_argument("--max-num-batched-tokens", type=int, default=16384, help="vLLM's default on an H100")
@@ -262,6 +268,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/<device>.md")
     arguments(parser)
     args, engine_flags = parser.parse_known_args()
+    sizes = args.tensor_parallel_size
+    if len(sizes) > 1 and len(args.num_prompts) + len(args.input_len) > 2:
+        parser.error("several --tensor-parallel-size take one --num-prompts and one --input-len")
     max_num_seqs = args.max_num_seqs or (256 if FULL in args.num_prompts else max(args.num_prompts))
     longest = max(request_tokens(args, n or max_num_seqs, max(args.input_len)) for n in args.num_prompts)
     max_model_len = args.max_model_len or longest
@@ -271,21 +280,23 @@ def main() -> None:
     counts = listed([n for n in args.num_prompts if n] + ["a full cache of"] * (FULL in args.num_prompts))
     workload = f"{counts} requests of {listed(args.input_len)} tokens"
     flags = f" Engine flags: {' '.join(engine_flags)}." if engine_flags else ""
+    parallel = "" if sizes == [1] else f", on {listed(sizes)} GPUs"
+    columns = (COLUMNS[0], GPUS, *COLUMNS[1:]) if parallel else COLUMNS
     section: Section | None = None
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model, model_flags = llama.engine_flags(args.model, args.num_layers, folder)
-        for dtype in args.kv_cache_dtype:
-            found = run(dtype, model_flags + common, folder)
+        for dtype, size in itertools.product(args.kv_cache_dtype, sizes):
+            found = run(dtype, size, model_flags + common, folder)
             about = (
                 f"{model}; at least {args.output_len:,} steps, max_model_len {max_model_len:,}, max_num_batched_tokens "
                 f"{args.max_num_batched_tokens:,}. {found['versions']}.{flags} Made by "
                 "benchmarks/benchmark_throughput.py."
             )
             if section is None:
-                section = Section(f"Throughput of the engine, {workload}", about, COLUMNS, plot_of(args))
+                section = Section(f"Throughput of the engine, {workload}{parallel}", about, columns, plot_of(args))
             for row in found["rows"]:
-                section.add({"kv_cache_dtype": dtype} | row)
+                section.add({"kv_cache_dtype": dtype, "tensor_parallel_size": size} | row)
                 if row["full"] and row["requests"] == found["max_num_seqs"]:
                     section.note(f"{dtype}: more requests fit than the engine takes; raise --max-num-seqs.")
     assert section is not None
@@ -294,8 +305,8 @@ def main() -> None:
     for requests in filter(None, args.num_prompts if len(args.input_len) > 1 else ()):
         rows = slopes(section.rows, requests)
         if rows:
-            title = f"Inter-token latency of a cached token, {requests} requests of {listed(args.input_len)} tokens"
-            table = Section(title, section.about, SLOPES)
+            runs = f"{requests} requests of {listed(args.input_len)} tokens{parallel}"
+            table = Section(f"Inter-token latency of a cached token, {runs}", section.about, SLOPES)
             for row in rows:
                 table.add(row)
             table.write(found["device"], args.output)

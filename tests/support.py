@@ -23,7 +23,8 @@ BEGIN, END = "<!-- support matrix: python tests/support.py --write -->", "<!-- e
 
 @dataclass(frozen=True)
 class Gpu:
-    """Seen on an H100: with these versions of vLLM, by these files, or by hand where nothing here repeats it."""
+    """Seen on an H100: with these versions of vLLM, or of what is named, by these files, or by hand where nothing here
+    repeats it."""
 
     versions: tuple[str, ...]
     files: tuple[str, ...] = ()
@@ -49,6 +50,7 @@ REFUSED = "test_models.py::test_refused"
 OTHERS_REFUSED = "test_kv_movement.py::test_other_connectors_are_refused"
 ENGINE_CHECK, SOAK = "tests/gpu/engine_check.py", "tests/soak/soak.py"
 BOTH = ("0.32", "0.33")
+IN_TRANSFORMERS = Gpu(("transformers 5.17",), ("tests/test_transformers.py",))
 
 ROWS = {
     "Models": (
@@ -182,7 +184,7 @@ ROWS = {
         Row(
             "Tensor parallel 2",
             ("test_engine_processes.py::test_tensor_parallelism_and_a_worker_that_dies",),
-            note="two GPUs: not tried",
+            note="two H200: [speed](benchmarks/results/nvidia-h200.md); answers not compared yet",
         ),
         Row(
             "Pipeline parallel 2",
@@ -194,7 +196,7 @@ ROWS = {
             ("test_server.py::test_data_parallel_engines_answer_as_one_does",),
             note="two GPUs: not tried",
         ),
-        Row("Ray", note="vLLM has it on GPUs only: not tried"),
+        Row("Ray", note="vLLM has it on GPUs only; `tests/gpu/parallel_check.py` has not run to its end"),
         Row(
             "Context parallelism",
             ("test_compat.py::test_context_parallelism_is_refused",),
@@ -262,12 +264,54 @@ ROWS = {
         ),
         Row("Gauges in `/metrics`", ("test_metrics.py::test_an_engine_reports_its_requests",)),
         Row("`vllm-kivi eval`", ("test_cli.py::test_scores_are_those_of_transformers",), Gpu(BOTH)),
-        Row(
-            "`KiviCache` in transformers",
-            ("test_transformers.py::test_logits_are_the_oracles",),
-            note="Llama, Qwen2, Qwen3, Mistral, Gemma 2 and 3",
-        ),
         Row("Another vLLM than 0.32 and 0.33", ("test_errors.py::test_versions",), refused="supports vLLM 0.32, 0.33"),
+    ),
+    "`KiviCache` in transformers": (
+        Row(
+            'Llama, Qwen2, Qwen3, Mistral, Gemma 2 and 3, attention `"kivi"`',
+            ("test_transformers.py::test_logits_are_the_oracles",),
+            IN_TRANSFORMERS,
+        ),
+        Row("Any other attention", ("test_transformers.py::test_other_attention_reads_the_same",), IN_TRANSFORMERS),
+        Row(
+            "Padded batches, beams, rows that move",
+            (
+                "test_transformers.py::test_padding_is_not_stored",
+                "test_transformers.py::test_beam_search",
+                "test_transformers.py::test_rows_move",
+            ),
+            IN_TRANSFORMERS,
+        ),
+        Row(
+            "Assisted decoding",
+            (
+                "test_transformers.py::test_crop_within_max_crop_is_exact",
+                "test_transformers.py::test_assisted_decoding",
+            ),
+            IN_TRANSFORMERS,
+        ),
+        Row(
+            "A prompt kept in a file",
+            ("test_transformers.py::test_a_prompt_is_used_again",),
+            IN_TRANSFORMERS,
+        ),
+        Row(
+            "`torch.compile`, CUDA graphs",
+            (
+                "test_transformers_compile.py::test_one_graph_serves_all_steps",
+                "test_transformers_compile.py::test_generate_compiles",
+            ),
+            Gpu(("transformers 5.17",), ("tests/test_transformers_compile.py",)),
+            note="with `max_cache_len`",
+        ),
+        Row("Layers on several GPUs", gpu=IN_TRANSFORMERS, note="two H200"),
+        Row(
+            "lm-eval",
+            (
+                "test_lm_eval.py::test_likelihoods_are_those_of_a_cache_by_hand",
+                "test_lm_eval.py::test_scored_tokens_read_quantized_pages",
+            ),
+        ),
     ),
 }
 

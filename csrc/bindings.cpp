@@ -44,7 +44,8 @@ kivi::Layout make_layout(const std::vector<int64_t>& values) {
   STD_TORCH_CHECK(layout.group_size == 32 || layout.group_size == 64 || layout.group_size == 128, "kivi: group_size ",
                   layout.group_size, " is not supported; accepted: 32, 64, 128");
   for (const int bits : {layout.k_bits, layout.v_bits}) {
-    STD_TORCH_CHECK(bits == 2 || bits == 4 || bits == 8, "kivi: ", bits, " bits are not supported; accepted: 2, 4, 8");
+    STD_TORCH_CHECK(bits == 2 || bits == 4 || bits == 8 || bits == 16, "kivi: ", bits,
+                    " bits are not supported; accepted: 2, 4, 8, 16");
   }
   STD_TORCH_CHECK(
       layout.boosted_channels == 0 || (layout.boosted_channels > 0 && layout.boosted_channels % 8 == 0 &&
@@ -72,8 +73,8 @@ kivi::Dtype make_dtype(const Tensor& tensor, const char* name) {
 }
 
 void check_layout_dtype(const kivi::Layout& layout, size_t element_size) {
-  const int32_t bytes = layout.full_precision ? layout.v_codes_offset / layout.group_size / layout.head_dim
-                                              : (layout.k_zero_offset - layout.k_scale_offset) / layout.head_dim;
+  const int32_t bytes = layout.k_bits == 16 ? layout.k_boost_offset / layout.group_size / layout.head_dim
+                                            : (layout.k_zero_offset - layout.k_scale_offset) / layout.head_dim;
   STD_TORCH_CHECK(bytes == static_cast<int32_t>(element_size), "kivi: the layout is for elements of ", bytes,
                   " bytes, the tensors have ", element_size);
 }

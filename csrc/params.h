@@ -15,7 +15,6 @@
   FIELD(full_page_tokens)         \
   FIELD(residual_length)          \
   FIELD(sink_tokens)              \
-  FIELD(full_precision)           \
   FIELD(scale_search)             \
   FIELD(rotate_values)            \
   FIELD(boosted_channels)         \
@@ -35,6 +34,9 @@ struct Layout {
 #define FIELD(name) int32_t name;
   KIVI_LAYOUT_FIELDS(FIELD)
 #undef FIELD
+
+  // Nothing is quantized: 16 bits are no codes but the elements. Kernels for CUDA know 16 bits as this alone.
+  constexpr bool full_precision() const { return k_bits == 16 && v_bits == 16; }
 };
 
 enum class Dtype { kFloat32, kBFloat16, kFloat16 };

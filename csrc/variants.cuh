@@ -10,9 +10,16 @@
 
 namespace kivi::cuda {
 
+// A layout whose bits are those of the kernels that serve it: any do where nothing is quantized.
+inline Layout with_kernel_bits(Layout layout) {
+  if (layout.full_precision()) layout.k_bits = layout.v_bits = 2;
+  return layout;
+}
+
 // Calls f<T, K_BITS, V_BITS>(), which returns null or what went wrong.
 template <class F>
-const char* with_variant(const Layout& layout, Dtype dtype, const F& f) {
+const char* with_variant(const Layout& served, Dtype dtype, const F& f) {
+  const Layout layout = with_kernel_bits(served);
   const auto with_bits = [&]<class T>() -> const char* {
 #define KIVI_CALL(K_BITS, V_BITS, ...) \
   if (layout.k_bits == K_BITS && layout.v_bits == V_BITS) return f.template operator()<T, K_BITS, V_BITS>();

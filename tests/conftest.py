@@ -19,6 +19,9 @@ from vllm_kivi.format import KVFormat
 # Engines of the tests run in this process: a start takes seconds instead of half a minute, and tests can look inside.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
+# Bits of keys and values that are no preset's, but for the last: the bypass.
+MIXTURES = ((16, 2), (2, 16), (8, 2), (2, 4), (4, 8), (16, 16))
+
 POISON = 0xFF  # as bytes; as float32, bfloat16 and float16 it is NaN
 
 
@@ -227,6 +230,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 __all__ = [
+    "MIXTURES",
     "POISON",
     "Pool",
     "assert_as_exact_as_torch",

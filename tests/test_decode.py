@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from conftest import POISON, Pool, assert_as_exact_as_torch, filled_pool, int32, starts, tokens
+from conftest import MIXTURES, POISON, Pool, assert_as_exact_as_torch, filled_pool, int32, starts, tokens
 from torch import Tensor
 
 from vllm_kivi import ops, reference
@@ -110,6 +110,44 @@ def test_boosted_channels(fraction: int, head_dim: int, dtype: str, isa: str) ->
     key[..., 5::31] *= 3
     ops.store(key, value, *pool.pages(), starts([1300, 555]), int32([1300, 555]), fmt.layout())
     check(pool, queries(fmt, 2, 5), [1, 1])
+
+
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize(("k_bits", "v_bits"), MIXTURES)
+def test_mixed_bits(k_bits: int, v_bits: int, group_size: int, isa: str) -> None:
+    """Blocks of several tiles, sinks in the first, several rows; head sizes that are no multiple of the unit."""
+    for dtype, head_dim, ratio in (("bfloat16", 80, 3), ("float16", 64, 5), ("float32", 128, 1)):
+        fmt = KVFormat(
+            "kivi2",
+            head_dim,
+            num_kv_heads=2,
+            dtype=dtype,
+            group_size=group_size,
+            residual_length=32,
+            sink_tokens=37,
+            page_tokens=2 * group_size,
+            rotate_values=True,
+            k_bits=k_bits,
+            v_bits=v_bits,
+        )
+        pool, _, _ = filled_pool(fmt, [64, 200, 1500], window=32 + group_size)
+        check(pool, queries(fmt, 3, ratio), [1] * 3)
+
+
+@pytest.mark.parametrize("dtype", DTYPE_BYTES)
+@pytest.mark.parametrize(("k_bits", "v_bits"), [(16, 2), (2, 16), (16, 16)])
+def test_elements_of_sinks_are_not_read(k_bits: int, v_bits: int, dtype: str, isa: str) -> None:
+    """What a tile holds for tokens that are read from elsewhere may be anything."""
+    fmt = KVFormat("kivi2", 64, 2, dtype, residual_length=32, sink_tokens=40, k_bits=k_bits, v_bits=v_bits)
+    pool, _, _ = filled_pool(fmt, [150])
+    query = queries(fmt, 1, 3)
+    expected = decode(pool, query, [1])
+    for page, count in ((0, 32), (1, 8)):
+        tile = pool.quantized[pool.quantized_table[0, page]]
+        for offset, bits in ((fmt.k_codes_offset, k_bits), (fmt.v_codes_offset, v_bits)):
+            if bits == 16:
+                tile[:, offset : offset + count * 64 * fmt.element_bytes] = POISON
+    assert torch.equal(decode(pool, query, [1]), expected)
 
 
 def test_unwritten_pages_stay_local(isa: str) -> None:

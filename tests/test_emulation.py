@@ -12,8 +12,12 @@ from typing import Any
 import pytest
 import test_cuda as cuda
 import test_cuda_decode as cuda_decode
+from conftest import MIXTURES, filled_pool, int32, starts
 from emulation import build
 from emulation.device import Device, builds
+from test_decode import queries
+
+from vllm_kivi.format import KVFormat
 
 __all__ = ["builds"]
 
@@ -114,6 +118,28 @@ def library(builds: Path) -> Path:
 def test_kernels(test: Callable[..., None], arguments: dict[str, Any], library: Path) -> None:
     with Device(library).serve([cuda, cuda_decode]):
         test(**arguments)
+
+
+@pytest.mark.parametrize(("k_bits", "v_bits"), MIXTURES)
+def test_bits_that_are_not_compiled_are_refused(k_bits: int, v_bits: int, library: Path) -> None:
+    """By every op, so that Triton serves them; the last mixture is the bypass, which is."""
+    fmt = KVFormat("kivi2", 128, num_kv_heads=2, dtype="bfloat16", residual_length=32, k_bits=k_bits, v_bits=v_bits)
+    pool, keys, values = filled_pool(fmt, [100])
+    rows, lengths, layout = starts([1]), int32([100]), fmt.layout()
+    query, device = queries(fmt, 1, 3), Device(library)
+    calls = (
+        lambda: device.store(keys[0][-1:], values[0][-1:], *pool.pages(), rows, lengths, layout),
+        lambda: device.gather(keys[0], values[0], *pool.pages(), starts([100]), int32([0]), int32([64]), layout),
+        lambda: device.decode(
+            query.clone(), query, *pool.pages(), rows, lengths, 1.0, 0.0, layout, device.decode_workspace(layout, "cpu")
+        ),
+    )
+    for call in calls:
+        if fmt.full_precision:
+            call()
+        else:
+            with pytest.raises(RuntimeError, match=r"not compiled.* 2[-/]2 "):
+                call()
 
 
 @pytest.mark.parametrize(("test", "arguments"), LAST_LANE_FIRST, ids=name_of)

@@ -22,6 +22,7 @@ import torch
 from vllm_kivi import format as kivi_format
 from vllm_kivi import reference
 from vllm_kivi.format import (
+    ACCEPTED_BITS,
     DTYPE_BYTES,
     GROUP_SIZES,
     HEAD_DIMS,
@@ -46,6 +47,12 @@ ALL_FORMATS += [
     KVFormat("kivi2_boost", head_dim, 2, dtype, group_size=group_size, boosted_fraction=8)
     for head_dim, group_size, dtype in itertools.product(HEAD_DIMS, GROUP_SIZES, DTYPE_BYTES)
 ]
+ALL_FORMATS += [
+    KVFormat("kivi2", HEAD_DIMS[i % 5], 2, list(DTYPE_BYTES)[i // 3 % 3], group_size, k_bits=k_bits, v_bits=v_bits)
+    for i, ((k_bits, v_bits), group_size) in enumerate(
+        itertools.product(itertools.permutations(ACCEPTED_BITS, 2), GROUP_SIZES)
+    )
+]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -60,7 +67,9 @@ def one_thread():
 def name_of(fmt: KVFormat) -> str:
     bypass = "-full" if fmt.full_precision else ""
     eighth = "-eighth" if fmt.boosted_fraction == 8 else ""
-    return f"{fmt.preset}-{fmt.head_dim}-{fmt.group_size}-{fmt.dtype}{bypass}{eighth}"
+    mixed = (fmt.k_bits, fmt.v_bits) != PRESETS[fmt.preset] and not fmt.full_precision
+    bits = f"-k{fmt.k_bits}-v{fmt.v_bits}" if mixed else ""
+    return f"{fmt.preset}-{fmt.head_dim}-{fmt.group_size}-{fmt.dtype}{bypass}{eighth}{bits}"
 
 
 # ---------------------------------------------------------------------------------------------------- the second packer
@@ -160,24 +169,24 @@ def expected_tile(fmt: KVFormat, first_token: int, head: int) -> bytes:
     tokens = range(first_token, first_token + group_size)
     k = [[element("k", t, head, d, dtype) for d in range(dim)] for t in tokens]
     v = [[element("v", t, head, d, dtype) for d in range(dim)] for t in tokens]
-    if fmt.full_precision:
-        return b"".join(encoded(x, dtype) for row in k + v for x in row)
+    tile = expected_keys(fmt, k) + expected_values(fmt, v)
+    return tile + bytes(-len(tile) % group_size)
 
-    quantized_values = searched_group if fmt.scale_search else quantized_group
-    if fmt.rotate_values:
-        v = [rotated(row, dtype) for row in v]
-    k_bits, v_bits = PRESETS[fmt.preset]
-    k_codes = bytearray(dim * group_size * k_bits // 8)
-    v_codes = bytearray(dim * group_size * v_bits // 8)
 
-    def put(codes: bytearray, word: int, bit: int, code: int) -> None:
-        while code:
-            if code & 1:
-                codes[4 * word + bit // 8] |= 1 << bit % 8  # little-endian: bit 8 is in the second byte
-            code, bit = code >> 1, bit + 1
+def put(codes: bytearray, word: int, bit: int, code: int) -> None:
+    while code:
+        if code & 1:
+            codes[4 * word + bit // 8] |= 1 << bit % 8  # little-endian: bit 8 is in the second byte
+        code, bit = code >> 1, bit + 1
 
+
+def expected_keys(fmt: KVFormat, k: list[list[float]]) -> bytes:
+    dim, group_size, dtype, bits = fmt.head_dim, fmt.group_size, fmt.dtype, fmt.k_bits
+    if bits == 16:
+        return b"".join(encoded(x, dtype) for row in k for x in row)
+    k_codes = bytearray(dim * group_size * bits // 8)
     k_scale = k_zero = b""
-    channels_of_word = 32 // k_bits
+    channels_of_word = 32 // bits
     groups = [[k[t][d] for t in range(group_size)] for d in range(dim)]
     boosted = boosted_channels_of(fmt, groups) if fmt.preset == "kivi2_boost" else []
     k_boost = bytearray(len(boosted) * group_size // 4)
@@ -190,23 +199,32 @@ def expected_tile(fmt: KVFormat, first_token: int, head: int) -> bytes:
                 put(k_boost, j // 8 * (group_size // 2) + t // 2, bit, code % 4)
             codes, scale = [code // 4 for code in codes], -scale
         else:
-            codes, scale, zero = quantized_group(groups[d], k_bits, dtype)
+            codes, scale, zero = quantized_group(groups[d], bits, dtype)
         k_scale, k_zero = k_scale + encoded(scale, dtype), k_zero + encoded(zero, dtype)
         for t, code in enumerate(codes):
-            put(k_codes, d // channels_of_word * group_size + t, k_bits * (d % channels_of_word), code)
+            put(k_codes, d // channels_of_word * group_size + t, bits * (d % channels_of_word), code)
+    return bytes(k_codes + k_boost) + k_scale + k_zero
 
+
+def expected_values(fmt: KVFormat, v: list[list[float]]) -> bytes:
+    dim, group_size, dtype, bits = fmt.head_dim, fmt.group_size, fmt.dtype, fmt.v_bits
+    if bits == 16:
+        return b"".join(encoded(x, dtype) for row in v for x in row)
+    quantized_values = searched_group if fmt.scale_search else quantized_group
+    if fmt.rotate_values:
+        v = [rotated(row, dtype) for row in v]
+    v_codes = bytearray(dim * group_size * bits // 8)
     v_scale = v_zero = b""
-    slots = 16 // v_bits
+    slots = 16 // bits
     for first_channel in range(0, dim, group_size):
         for t in range(group_size):
-            codes, scale, zero = quantized_values(v[t][first_channel : first_channel + group_size], v_bits, dtype)
+            codes, scale, zero = quantized_values(v[t][first_channel : first_channel + group_size], bits, dtype)
             v_scale, v_zero = v_scale + encoded(scale, dtype), v_zero + encoded(zero, dtype)
             for d, code in enumerate(codes, first_channel):
                 s = 4 * d + t % 4
                 word = t // 8 * (4 * dim // slots) + s // slots
-                put(v_codes, word, 16 * (t % 8 // 4) + v_bits * (s % slots), code)
-    tile = bytes(k_codes + k_boost) + k_scale + k_zero + bytes(v_codes) + v_scale + v_zero
-    return tile + bytes(-len(tile) % group_size)
+                put(v_codes, word, 16 * (t % 8 // 4) + bits * (s % slots), code)
+    return bytes(v_codes) + v_scale + v_zero
 
 
 def expected_page(fmt: KVFormat) -> bytes:
@@ -278,6 +296,15 @@ GOLDEN_PAGES = {
     "kivi2_boost-256-32-float16-eighth": "f5e92a9bd52c709ef075aa785064ab7628dcc3ddf64a1a4fe14af6c3ad37c4fc",
     "kivi2_boost-64-32-bfloat16-full-rotate": "20ae821349d888aa576279c6003d98a1faee27c345136636d8d788b78e42d438",
     "kivi2-64-32-bfloat16-full": "20ae821349d888aa576279c6003d98a1faee27c345136636d8d788b78e42d438",
+    "kivi4-64-32-bfloat16-k16-v16": "20ae821349d888aa576279c6003d98a1faee27c345136636d8d788b78e42d438",
+    "kivi2-64-32-bfloat16-k16": "6716ef5a5ffd7aa4c64832287a65d01efc6fd7d5cb67a8a1aa57ac7361abb4af",
+    "kivi2-80-128-float16-v16-search-rotate": "2e2fe3ba0cfdbdd48c69536dc12d79891ab4a68264576b3de01a513c5da2b0fc",
+    "kivi2-96-64-float32-k16-v4-rotate": "f587bceec31592e6dc4a530cb2da2b8c41da17d53a806f445e46cff6d0781902",
+    "kivi2-128-32-float16-k8-search": "3057ad983a2a241732df2800e2123d07e43893c0313ee5ebe32f45a348088bca",
+    "kivi2-64-64-bfloat16-v4": "cc2512261d23dd859f742a063860b53b1ec1ca0ac479a471bd45bb8d9988a33b",
+    "kivi4-128-32-bfloat16-k4-v8": "57fcd8f4a20e0870f8d0993aa5a01a2b163a7115f61cabb28ba7b7340f10c50e",
+    "kivi2_boost-64-32-float32-v16": "ada28aa4e125c0f90edfabbc2331ba51fdfd6da25abd9b7c13f927520c2bf724",
+    "kivi2_boost-128-64-float16-v8-rotate": "29d9d1901b4c82867724678cc46aa3c8d1385e8f423a51392f6adc75355c5fa1",
 }
 
 # One tile of kivi2, head_dim 64, G = 32, bfloat16, in full, section by section.
@@ -333,6 +360,7 @@ GOLDEN_TILE = {
 
 def golden_format(name: str) -> KVFormat:
     preset, head_dim, group_size, dtype, *flags = name.split("-")
+    bits = {f"{flag[0]}_bits": int(flag[1:]) for flag in flags if flag[1:].isdigit()}
     return KVFormat(
         preset,
         int(head_dim),
@@ -344,6 +372,7 @@ def golden_format(name: str) -> KVFormat:
         scale_search="search" in flags,
         rotate_values="rotate" in flags,
         boosted_fraction=8 if "eighth" in flags else 0,
+        **bits,
     )
 
 
@@ -374,18 +403,16 @@ def test_every_preset_has_a_golden_page():
 def sections(fmt: KVFormat) -> dict[str, tuple[int, int]]:
     """Offset and bytes of each section of a tile: offsets from the format, bytes from its docstring's table."""
     dim, group_size, size = fmt.head_dim, fmt.group_size, DTYPE_BYTES[fmt.dtype]
-    if fmt.full_precision:
-        each = group_size * dim * size
-        return {"keys": (fmt.k_codes_offset, each), "values": (fmt.v_codes_offset, each)}
-    value_groups = -(-dim // group_size)
+    k_bits, v_bits = (8 * size if bits == 16 else bits for bits in (fmt.k_bits, fmt.v_bits))
+    k_scales, v_scales = (0 if fmt.k_bits == 16 else dim), (0 if fmt.v_bits == 16 else -(-dim // group_size))
     return {
-        "k_codes": (fmt.k_codes_offset, dim * group_size * fmt.k_bits // 8),
+        "k_codes": (fmt.k_codes_offset, dim * group_size * k_bits // 8),
         "k_boost": (fmt.k_boost_offset, fmt.boosted_channels * group_size // 4),
-        "k_scale": (fmt.k_scale_offset, dim * size),
-        "k_zero": (fmt.k_zero_offset, dim * size),
-        "v_codes": (fmt.v_codes_offset, dim * group_size * fmt.v_bits // 8),
-        "v_scale": (fmt.v_scale_offset, value_groups * group_size * size),
-        "v_zero": (fmt.v_zero_offset, value_groups * group_size * size),
+        "k_scale": (fmt.k_scale_offset, k_scales * size),
+        "k_zero": (fmt.k_zero_offset, k_scales * size),
+        "v_codes": (fmt.v_codes_offset, dim * group_size * v_bits // 8),
+        "v_scale": (fmt.v_scale_offset, v_scales * group_size * size),
+        "v_zero": (fmt.v_zero_offset, v_scales * group_size * size),
     }
 
 
@@ -418,6 +445,8 @@ def test_every_byte_has_one_owner(fmt):
         "kivi2-64-64-bfloat16-full",
         "kivi2_boost-80-128-bfloat16-rotate",
         "kivi2_boost-128-64-bfloat16-eighth",
+        "kivi2-80-128-float16-k16",
+        "kivi2_boost-64-64-bfloat16-v16",
     ),
 )
 def test_store_writes_its_sections_and_nothing_else(name):
@@ -438,6 +467,20 @@ def test_store_writes_its_sections_and_nothing_else(name):
 @pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
 def test_bits_per_element(preset, bits, dtype):
     assert KVFormat(preset, 128, 8, dtype).bits_per_element == bits
+
+
+@pytest.mark.parametrize(
+    ("k_bits", "v_bits", "bits"),
+    ((16, 2, 9.5), (2, 16, 9.5), (8, 2, 6.0), (2, 4, 4.0), (4, 8, 7.0), (16, 16, 16.0), (0, 4, 4.0), (16, 0, 9.5)),
+)
+def test_bits_of_keys_and_values(k_bits, v_bits, bits):
+    """Each on its own; 16 bits have neither scale nor zero, and 0 are the preset's."""
+    assert KVFormat("kivi2", 128, 8, "float16", k_bits=k_bits, v_bits=v_bits).bits_per_element == bits
+    fmt = KVFormat("kivi2", 64, 1, "float32", k_bits=16)
+    assert (fmt.v_codes_offset, fmt.tile_bytes) == (32 * 64 * 4, 32 * 64 * 4 + 32 * 64 // 4 + 2 * 2 * 32 * 4)
+    fmt = KVFormat("kivi2_boost", 64, 1, "bfloat16", v_bits=16)
+    assert (fmt.boosted_channels, fmt.v_codes_offset) == (16, 512 + 128 + 2 * 128)
+    assert fmt.tile_bytes == fmt.v_scale_offset == fmt.v_zero_offset == 896 + 32 * 64 * 2
 
 
 def test_sizes_of_kivi2_boost():
@@ -514,6 +557,11 @@ def test_boundary(residual_length, group_size, expected):
         ({"rotate_values": None}, "rotate_values=None .*accepted: True, False"),
         ({"boosted_fraction": 4}, "boosted_fraction=4 .*kivi2; leave it out, or use kivi2_boost"),
         ({"boosted_fraction": 3, "preset": "kivi2_boost"}, "boosted_fraction=3 .*accepted: 4, 8"),
+        ({"k_bits": 3}, "k_bits=3 .*accepted: 2, 4, 8, 16"),
+        ({"v_bits": 32}, "v_bits=32 .*accepted: 2, 4, 8, 16"),
+        ({"v_bits": 4, "full_precision": True}, "v_bits=4 .*full_precision.*leave one of the two out"),
+        ({"k_bits": 4, "preset": "kivi2_boost"}, "k_bits=4 .*kivi2_boost.*leave it out, or use kivi2"),
+        ({"k_bits": 16, "preset": "kivi2_boost"}, "k_bits=16 .*kivi2_boost.*leave it out, or use kivi2"),
     ),
 )
 def test_bad_formats_name_the_option(changes, message):
@@ -587,14 +635,14 @@ def test_layout_fields_are_those_of_params_h():
 
 def test_layout_lists_the_fields_in_order():
     fmt = KVFormat("kivi_k4v2", 80, 5, "float32", 64, 96, 4, 128, full_precision=False)
-    assert fmt.layout()[:14] == [80, 5, 4, 2, 64, 128, fmt.full_page_tokens, 96, 4, 0, 0, 0, 0, 2]
-    assert fmt.layout()[14:] == [offset for offset, _ in sections(fmt).values()] + [fmt.tile_bytes]
+    assert fmt.layout()[:13] == [80, 5, 4, 2, 64, 128, fmt.full_page_tokens, 96, 4, 0, 0, 0, 2]
+    assert fmt.layout()[13:] == [offset for offset, _ in sections(fmt).values()] + [fmt.tile_bytes]
     assert all(type(number) is int for number in fmt.layout())
-    for index, name in ((9, "full_precision"), (10, "scale_search"), (11, "rotate_values")):
+    for index, name in ((9, "scale_search"), (10, "rotate_values")):
         assert KVFormat("kivi2", 64, 1, "bfloat16", **{name: True}).layout()[index] == 1
     boosted = KVFormat("kivi2_boost", 80, 5, "bfloat16", 64)
-    assert boosted.layout()[12] == 24
-    assert boosted.layout()[14:] == [offset for offset, _ in sections(boosted).values()] + [boosted.tile_bytes]
+    assert boosted.layout()[11] == 24
+    assert boosted.layout()[13:] == [offset for offset, _ in sections(boosted).values()] + [boosted.tile_bytes]
 
 
 @pytest.mark.parametrize("name", ("scale_search", "rotate_values"))
@@ -608,6 +656,28 @@ def test_these_move_no_byte(name):
 def test_the_bypass_neither_rotates_nor_boosts():
     bypass = KVFormat("kivi2_boost", 80, 2, "bfloat16", full_precision=True, rotate_values=True)
     assert bypass.layout() == KVFormat("kivi2", 80, 2, "bfloat16", full_precision=True).layout()
+
+
+def test_the_bypass_is_16_bits():
+    bypass = KVFormat("kivi4", 80, 2, "bfloat16", full_precision=True)
+    assert bypass == KVFormat("kivi4", 80, 2, "bfloat16", k_bits=16, v_bits=16)
+    assert bypass.full_precision and (bypass.k_bits, bypass.v_bits) == (16, 16)
+    assert dataclasses.replace(bypass, page_tokens=64, padded_page_bytes=0).full_precision
+    assert not KVFormat("kivi4", 80, 2, "bfloat16", k_bits=16).full_precision
+    assert KVFormat("kivi2_boost", 80, 2, "bfloat16", k_bits=16, v_bits=16).layout() == bypass.layout()
+
+
+def test_16_bits_of_values_are_neither_searched_nor_rotated():
+    options = {"scale_search": True, "rotate_values": True}
+    fmt = KVFormat("kivi2", 80, 2, "bfloat16", v_bits=16, **options)
+    assert fmt == KVFormat("kivi2", 80, 2, "bfloat16", v_bits=16)
+    other = KVFormat("kivi2", 80, 2, "bfloat16", k_bits=16, **options)
+    assert other.scale_search and other.rotate_values
+
+
+def test_options_pass_bits_on():
+    fmt = KiviOptions().format("kivi4", 128, 1, "bfloat16", k_bits=16, v_bits=2)
+    assert (fmt.k_bits, fmt.v_bits, fmt.sink_tokens) == (16, 2, 4)
 
 
 @pytest.mark.parametrize("fmt", ALL_FORMATS, ids=name_of)

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from conftest import POISON, Pool, filled_pool, int32, starts, tokens
+from conftest import MIXTURES, POISON, Pool, filled_pool, int32, starts, tokens
 from test_store import random_case
 from torch import Tensor
 
 from vllm_kivi import ops, reference
-from vllm_kivi.format import DTYPE_BYTES, HEAD_DIMS, PRESETS, KVFormat
+from vllm_kivi.format import DTYPE_BYTES, GROUP_SIZES, HEAD_DIMS, PRESETS, KVFormat
 
 
 def assert_rounded(ours: Tensor, exact: Tensor, slack: Tensor | float, message: str) -> None:
@@ -23,12 +23,12 @@ def assert_rounded(ours: Tensor, exact: Tensor, slack: Tensor | float, message: 
     assert ((ours.double() - exact).abs() <= bound).all(), message
 
 
-def random_gather(rng: random.Random) -> tuple[Pool, list[int], list[int], list[int]]:
+def random_gather(rng: random.Random, mixed: bool = False) -> tuple[Pool, list[int], list[int], list[int]]:
     """A pool, and of each request how many tokens are asked for, from which on, and the boundary.
 
     Any first token, any boundary, sinks; a page in full precision is there only where it is read.
     """
-    fmt = random_case(rng)
+    fmt = random_case(rng, mixed)
     lengths = [rng.choice((1, fmt.group_size, rng.randint(1, 300))) for _ in range(3)]
     pool, _, _ = filled_pool(fmt, lengths, seed=rng.randrange(1000))
     first = [rng.choice((0, rng.randrange(length))) for length in lengths]
@@ -90,7 +90,7 @@ def test_equals_the_reference(seed: int, isa: str) -> None:
     """20 cases a seed; rows that are not asked for stay poison."""
     rng = random.Random(seed)
     for _ in range(20):
-        pool, *asked = random_gather(rng)
+        pool, *asked = random_gather(rng, mixed=True)
         memory = gather(pool, *asked, rng.choice((0, 40)), rng.choice((0, 1, 8)))
         assert_gathered(pool, memory, *asked, fused=isa != "portable")
 
@@ -105,17 +105,37 @@ def test_presets_and_shapes(preset: str, head_dim: int, dtype: str, isa: str) ->
     assert_gathered(pool, gather(pool, *asked), *asked, fused=isa != "portable")
 
 
-@pytest.mark.parametrize("full_precision", [False, True])
-def test_tokens_without_a_page_are_0(full_precision: bool, isa: str) -> None:
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize(("k_bits", "v_bits"), MIXTURES)
+def test_mixed_bits(k_bits: int, v_bits: int, group_size: int, isa: str) -> None:
+    for dtype, head_dim in (("bfloat16", 80), ("float16", 64), ("float32", 128)):
+        fmt = KVFormat("kivi2", head_dim, 2, dtype, group_size, sink_tokens=4, k_bits=k_bits, v_bits=v_bits)
+        pool, _, _ = filled_pool(fmt, [300])
+        asked = [290], [3], [256]
+        assert_gathered(pool, gather(pool, *asked), *asked, fused=isa != "portable")
+
+
+def test_elements_are_copied(isa: str) -> None:
+    """16 bits and whatever they hold: NaN with their payload, infinities, -0."""
+    fmt = KVFormat("kivi2", 64, 1, "bfloat16", k_bits=16, v_bits=16)
+    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(-1, 1, 64)
+    key, pool = patterns.view(torch.bfloat16), Pool(fmt, [len(patterns)])
+    ops.store(key, key, *pool.pages(), starts([len(key)]), int32([len(key)]), fmt.layout())
+    memory = gather(pool, [len(key)], [0], [len(key)])
+    assert all(torch.equal(x.view(torch.int16), patterns) for x in memory)
+
+
+@pytest.mark.parametrize(("k_bits", "v_bits"), [(2, 2), (2, 16), (16, 2), (16, 16)])
+def test_tokens_without_a_page_are_0(k_bits: int, v_bits: int, isa: str) -> None:
     """Of either kind; the null block itself is not read."""
-    fmt = KVFormat("kivi2", 64, 2, "bfloat16", sink_tokens=4, full_precision=full_precision)
+    fmt = KVFormat("kivi2", 64, 2, "bfloat16", sink_tokens=4, k_bits=k_bits, v_bits=v_bits)
     pool, _, _ = filled_pool(fmt, [128])
     n = fmt.full_page_tokens
     complete = gather(pool, [128], [0], [96])
     pool.quantized_table[0, 1] = 0
     pool.full_table[0, 100 // n] = 0
-    gone = torch.arange(128)
-    gone = (gone >= 32) & (gone < 64) | (gone // n == 100 // n)
+    position = torch.arange(128)
+    gone = (position >= 32) & (position < 64) | (position >= 96) & (position // n == 100 // n)
     memory = gather(pool, [128], [0], [96])
     assert (memory[:, gone] == 0).all()
     assert torch.equal(memory[:, ~gone], complete[:, ~gone])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Pool, check_op, int32, op_arguments
+from conftest import MIXTURES, Pool, check_op, int32, op_arguments
 
 from vllm_kivi import ops
 from vllm_kivi.backend import heuristics
@@ -61,6 +61,8 @@ def test_wrappers_pass_every_argument(name: str) -> None:
         ({"layout": KVFormat("kivi2", 64, num_kv_heads=2, dtype="float32").layout()}, "elements of 4 bytes"),
         ({"layout": KVFormat("kivi2", 64, num_kv_heads=3, dtype="bfloat16").layout()}, "num_kv_heads"),
         ({"layout": KVFormat("kivi4", 64, num_kv_heads=2, dtype="bfloat16").layout()}, "the layout needs"),
+        ({"layout": [*FMT.layout()[:2], 3, *FMT.layout()[3:]]}, "3 bits are not supported; accepted: 2, 4, 8, 16"),
+        ({"layout": KVFormat("kivi2", 64, 2, "float32", k_bits=16).layout()}, "elements of 4 bytes"),
         ({"query": torch.zeros(110, 5, 64).bfloat16()}, "multiple of num_kv_heads"),
         ({"query": torch.zeros(110, 6, 64).double()}, "float32, bfloat16 or float16"),
         ({"output": torch.zeros(110, 6, 64)}, "another dtype"),
@@ -210,6 +212,15 @@ def test_the_extension_is_asked_to_run(head_dim: int, dtype: str, fails: str, fu
     fmt = KVFormat("kivi2", head_dim, num_kv_heads=2, dtype=dtype, full_precision=full_precision)
     _, store_fails, decode_fails = ops._try_compiled(GPU, tuple(fmt.layout()))
     assert store_fails == "" and fails in decode_fails and bool(fails) == bool(decode_fails)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize(("k_bits", "v_bits"), MIXTURES)
+def test_the_extension_refuses_other_bits(k_bits: int, v_bits: int) -> None:
+    """All but the bypass: Triton serves them."""
+    fmt = KVFormat("kivi2", 64, 2, "bfloat16", k_bits=k_bits, v_bits=v_bits)
+    _, store_fails, decode_fails = ops._try_compiled(GPU, tuple(fmt.layout()))
+    assert ("not compiled" in store_fails) == ("not compiled" in decode_fails) == (not fmt.full_precision)
 
 
 def test_another_layout_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from conftest import Pool, assert_as_exact_as_torch, filled_pool, int32, starts
+from conftest import MIXTURES, POISON, Pool, assert_as_exact_as_torch, filled_pool, int32, starts
 from test_decode import RATIOS, decode, queries
 from torch import Tensor
 
@@ -124,6 +124,27 @@ def test_boosted_channels(fraction: int, head_dim: int, dtype: str, isa: str) ->
     )
     pool, keys, values = filled_pool(fmt, [250])
     check(pool, queries(fmt, 9, 2), keys[0][-9:], values[0][-9:], [9])
+
+
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize(("k_bits", "v_bits"), MIXTURES)
+def test_mixed_bits(k_bits: int, v_bits: int, group_size: int, isa: str) -> None:
+    for dtype, head_dim in (("bfloat16", 80), ("float32", 128)):
+        fmt = KVFormat(
+            "kivi2",
+            head_dim,
+            num_kv_heads=1,
+            dtype=dtype,
+            group_size=group_size,
+            residual_length=32,
+            sink_tokens=37,
+            rotate_values=True,
+            k_bits=k_bits,
+            v_bits=v_bits,
+        )
+        num_rows = [5, 9]
+        pool, keys, values = filled_pool(fmt, [100, 300])
+        check(pool, queries(fmt, 14, 3), chunks(keys, num_rows), chunks(values, num_rows), num_rows)
 
 
 @pytest.mark.parametrize("residual_length", [0, 32])
@@ -246,3 +267,19 @@ def test_padding_rows_and_idle_requests() -> None:
     output = prefill(pool, query, key, value, num_rows)
     assert (output[75:] == 7.0).all()
     check(pool, query[:75], key[:75], value[:75], num_rows)
+
+
+@pytest.mark.parametrize("dtype", DTYPE_BYTES)
+def test_elements_that_a_row_does_not_see(dtype: str, isa: str) -> None:
+    """Values of 16 bits in a quantized page may be NaN, where rows of the same tile have other boundaries."""
+    fmt = KVFormat("kivi2", 64, num_kv_heads=1, dtype=dtype, residual_length=0, v_bits=16)
+    pool, keys, values = filled_pool(fmt, [100])
+    query, num_rows = queries(fmt, 40, 1), [40]
+    given = keys[0][60:], values[0][60:]
+    expected = prefill(pool, query, *given, num_rows, num_prompt=[0])
+    first = fmt.v_codes_offset + 31 * 64 * fmt.element_bytes  # of token 95, in a group that rows from it on read
+    tile = pool.quantized[pool.quantized_table[0, 2]]
+    tile[:, first : first + 64 * fmt.element_bytes] = POISON
+    output = prefill(pool, query, *given, num_rows, num_prompt=[0])
+    assert torch.equal(output[:35], expected[:35])
+    assert output[35:].isnan().all()

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from vllm_kivi import reference
-from vllm_kivi.format import GROUP_SIZES, HEAD_DIMS, LAYOUT_FIELDS, PRESETS, KVFormat
+from vllm_kivi.format import ACCEPTED_BITS, GROUP_SIZES, HEAD_DIMS, LAYOUT_FIELDS, PRESETS, KVFormat
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SPECIALS = ("nan", "inf", "-inf", "max", "min", "tiny", "-tiny", "normal", "zero", "-zero")
@@ -473,13 +473,14 @@ def test_quantize_says_what_it_accepts(function, arguments, message):
     st.sampled_from(HEAD_DIMS),
     st.sampled_from(GROUP_SIZES),
     st.sampled_from(sorted(DTYPES)),
-    st.booleans(),
+    st.sampled_from((0, *ACCEPTED_BITS)),
+    st.sampled_from((0, *ACCEPTED_BITS)),
     st.booleans(),
     st.booleans(),
     st.integers(0, 2**31),
 )
 def test_a_tile_unpacks_to_what_was_packed(
-    preset, head_dim, group_size, dtype, full_precision, rotate_values, eighth, seed
+    preset, head_dim, group_size, dtype, k_bits, v_bits, rotate_values, eighth, seed
 ):
     fmt = KVFormat(
         preset,
@@ -487,9 +488,10 @@ def test_a_tile_unpacks_to_what_was_packed(
         2,
         dtype,
         group_size=group_size,
-        full_precision=full_precision,
         rotate_values=rotate_values,
         boosted_fraction=8 if eighth and preset == "kivi2_boost" else 0,
+        k_bits=0 if preset == "kivi2_boost" else k_bits,
+        v_bits=v_bits,
     )
     generator = torch.Generator().manual_seed(seed)
     k, v = torch.randn(2, group_size, 2, head_dim, generator=generator).to(DTYPES[dtype])
@@ -497,17 +499,22 @@ def test_a_tile_unpacks_to_what_was_packed(
     assert packed.shape == (2, fmt.tile_bytes)
     tile = reference.unpack_tile(fmt, packed)
     got_k, got_v = reference.dequantize_tile(fmt, tile, torch.float64)
-    if full_precision:
-        assert torch.equal(got_k, k.double()) and torch.equal(got_v, v.double())
-        return
-    if preset == "kivi2_boost":
-        *keys, boosted = reference.quantize_boosted_keys(k, fmt.boosted_channels, group_size)
+    boosted = torch.zeros(1, 2, head_dim).bool()
+    if fmt.k_bits == 16:
+        assert torch.equal(got_k, k.double()) and torch.equal(tile.k_codes, k)
     else:
-        keys, boosted = reference.quantize_keys(k, fmt.k_bits, group_size), torch.zeros(1, 2, head_dim).bool()
+        if preset == "kivi2_boost":
+            *keys, boosted = reference.quantize_boosted_keys(k, fmt.boosted_channels, group_size)
+        else:
+            keys = reference.quantize_keys(k, fmt.k_bits, group_size)
+        assert all(map(torch.equal, tile[:3], keys))
+        assert torch.equal(got_k, reference.dequantize_keys(*keys, group_size, torch.float64))
+    assert torch.equal(tile.k_boosted, boosted)
+    if fmt.v_bits == 16:
+        assert torch.equal(got_v, v.double()) and torch.equal(tile.v_codes, v)
+        return
     values = reference.quantize_values(rotated(v) if rotate_values else v, fmt.v_bits, group_size)
-    for got, expected in zip(tile, (*keys, *values, boosted), strict=True):
-        assert torch.equal(got, expected)
-    assert torch.equal(got_k, reference.dequantize_keys(*keys, group_size, torch.float64))
+    assert all(map(torch.equal, tile[3:6], values))
     want_v = reference.dequantize_values(*values, group_size, torch.float64)
     torch.testing.assert_close(got_v, want_v @ hadamard(head_dim) if rotate_values else want_v, rtol=1e-12, atol=1e-12)
 
@@ -606,16 +613,16 @@ class Pool:
         fmt, stop = self.fmt, -(-boundary // self.fmt.group_size) * self.fmt.group_size
         keys, values = self.keys[request], self.values[request]
         k, v = keys[: position + 1].double(), values[: position + 1].double()
-        if boundary > fmt.sink_tokens and not fmt.full_precision:
+        if boundary > fmt.sink_tokens:
             read = slice(fmt.sink_tokens, boundary)
             if fmt.preset == "kivi2_boost":
                 k[read] = published_with_boost(keys[:stop], fmt.group_size, fmt.boosted_channels)[read]
-            else:
+            elif fmt.k_bits < 16:
                 k[read] = published_dequantized(keys[:stop], fmt.k_bits, fmt.group_size, 0)[read]
             if fmt.rotate_values:
                 back = published_dequantized(rotated(values[:stop]), fmt.v_bits, fmt.group_size, 2)
                 v[read] = (back @ hadamard(fmt.head_dim))[read]
-            else:
+            elif fmt.v_bits < 16:
                 v[read] = published_dequantized(values[:stop], fmt.v_bits, fmt.group_size, 2)[read]
         return k, v
 
@@ -753,10 +760,15 @@ FORMATS = [
     KVFormat("kivi4", 80, 2, "float32", residual_length=33, page_tokens=64, rotate_values=True),
     KVFormat("kivi2_boost", 64, 2, "bfloat16", residual_length=32, sink_tokens=4, page_tokens=64, rotate_values=True),
     KVFormat("kivi2_boost", 80, 1, "float16", group_size=64, residual_length=40, boosted_fraction=8),
+    KVFormat("kivi2_boost", 64, 1, "bfloat16", residual_length=32, sink_tokens=4, v_bits=16),
+    KVFormat("kivi2", 64, 2, "float16", residual_length=32, sink_tokens=4, rotate_values=True, k_bits=16),
+    KVFormat("kivi8", 80, 1, "bfloat16", group_size=64, residual_length=32, page_tokens=128, v_bits=2),
+    KVFormat("kivi2", 96, 1, "float32", group_size=128, residual_length=0, sink_tokens=1, v_bits=4),
+    KVFormat("kivi8", 64, 1, "bfloat16", residual_length=33, k_bits=4),
 ]
 
 
-@pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f"{f.preset}-{f.head_dim}-{f.group_size}-{f.dtype}")
+@pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f"{f.k_bits}-{f.v_bits}-{f.head_dim}-{f.group_size}-{f.dtype}")
 def test_decode_attends_to_the_dequantized_tokens(fmt):
     """Every edge length as one request of a batch, over poisoned and permuted pages whose old tokens were freed."""
     for q in (1, 3):
@@ -837,7 +849,7 @@ def run_prefill(pool: Pool, query: torch.Tensor, spans, num_prompt_tokens: list[
     return got[:-1]
 
 
-@pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f"{f.preset}-{f.head_dim}-{f.group_size}-{f.dtype}")
+@pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f"{f.k_bits}-{f.v_bits}-{f.head_dim}-{f.group_size}-{f.dtype}")
 def test_prefill_in_chunks(fmt):
     """Two prompts in chunks of many sizes; the pages that the manager would not keep are null."""
     rng = random.Random(fmt.head_dim)
@@ -920,11 +932,11 @@ def test_layouts_that_do_not_fit_are_refused():
         with pytest.raises(ValueError):
             reference.store(k.to(dtype), v.to(dtype), *tables, bad)
     index = LAYOUT_FIELDS.index("boosted_channels")
-    for bad in (
-        [*layout[:2], 3, *layout[3:]],
-        [*KVFormat("kivi4", 64, 3, "bfloat16").layout()[:index], 8, *layout[index + 1 :]],
+    for bad, message in (
+        ([*layout[:2], 3, *layout[3:]], "k_bits=3"),
+        ([*KVFormat("kivi4", 64, 3, "bfloat16").layout()[:index], 8, *layout[index + 1 :]], "k_bits=4 .*kivi2_boost"),
     ):
-        with pytest.raises(ValueError, match="no preset"):
+        with pytest.raises(ValueError, match=message):
             reference.store(k, v, *tables, bad)
     with pytest.raises(ValueError, match="does not belong"):
         reference.store(k, v, *tables, [*layout[:index], 16, *layout[index + 1 :]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from vllm_kivi import ops, reference
 from vllm_kivi.format import (
+    ACCEPTED_BITS,
     ACCEPTED_FRACTIONS,
     BOOSTED_FRACTIONS,
     DTYPE_BYTES,
@@ -52,9 +54,10 @@ def make_hostile(x: Tensor, rng: random.Random) -> None:
             x[where] = torch.round(x[where])
 
 
-def random_case(rng: random.Random) -> KVFormat:
+def random_case(rng: random.Random, mixed: bool = False) -> KVFormat:
+    """`mixed`: with any bits, for which no CUDA kernels are compiled."""
     group_size, preset = rng.choice(GROUP_SIZES), rng.choice(tuple(PRESETS))
-    return KVFormat(
+    fmt = KVFormat(
         preset,
         rng.choice(HEAD_DIMS),
         num_kv_heads=rng.randint(1, 3),
@@ -68,14 +71,18 @@ def random_case(rng: random.Random) -> KVFormat:
         rotate_values=rng.random() < 0.5,
         boosted_fraction=rng.choice(ACCEPTED_FRACTIONS) if preset in BOOSTED_FRACTIONS else 0,
     )
+    if not mixed or fmt.full_precision or rng.random() < 0.5:
+        return fmt
+    k_bits = fmt.k_bits if preset in BOOSTED_FRACTIONS else rng.choice(ACCEPTED_BITS)
+    return dataclasses.replace(fmt, k_bits=k_bits, v_bits=rng.choice(ACCEPTED_BITS), padded_page_bytes=0)
 
 
 @pytest.mark.parametrize("seed", range(50))
 def test_equals_the_reference(seed: int, isas: tuple[str, ...]) -> None:
-    """20 cases a seed, 1,000 in all: shapes, presets, dtypes, hostile inputs, and requests stored in several steps."""
+    """20 cases a seed, 1,000 in all: shapes, bits, dtypes, hostile inputs, and requests stored in several steps."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     for _ in range(20):
-        fmt = random_case(rng)
+        fmt = random_case(rng, mixed=True)
         lengths = [rng.choice((1, fmt.group_size - 1, fmt.group_size, rng.randint(1, 150))) for _ in range(2)]
         keys, values = ([tokens(fmt, length, generator) for length in lengths] for _ in range(2))
         for x in (*keys, *values):

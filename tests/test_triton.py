@@ -24,7 +24,7 @@ from test_gather import assert_gathered, rows_of
 from test_store import make_hostile
 
 from vllm_kivi import ops, reference
-from vllm_kivi.format import LAYOUT_FIELDS, KVFormat
+from vllm_kivi.format import LAYOUT_FIELDS, PRESETS, KVFormat
 
 ON_GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -48,6 +48,18 @@ FORMATS = [
     for preset, d, h, dtype, g, r, s, pages in SHAPES
 ]
 FORMATS.append(KVFormat("kivi2", 96, 2, "bfloat16", residual_length=32, sink_tokens=4, full_precision=True))
+# preset, head_dim, dtype, group_size, residual_length, sink_tokens, k_bits, v_bits
+MIXED_SHAPES = (
+    ("kivi2", 80, "float16", 64, 0, 4, 16, 2),
+    ("kivi2_boost", 64, "bfloat16", 32, 32, 33, 2, 16),
+    ("kivi2", 96, "bfloat16", 128, 32, 4, 8, 2),
+    ("kivi2", 64, "float32", 32, 0, 4, 2, 4),
+    ("kivi2", 128, "float16", 32, 64, 0, 4, 8),
+)
+FORMATS += [
+    KVFormat(preset, d, 1, dtype, g, r, s, rotate_values=True, k_bits=k_bits, v_bits=v_bits)
+    for preset, d, dtype, g, r, s, k_bits, v_bits in MIXED_SHAPES
+]
 SEARCHING = [dataclasses.replace(fmt, scale_search=True) for fmt in FORMATS[:5]]
 
 # preset, head_dim, num_kv_heads, dtype, group_size, residual_length, sink_tokens, groups of a page; scale_search,
@@ -79,7 +91,8 @@ TUNED = [
 
 def name_of(fmt: KVFormat) -> str:
     options = ("search" * fmt.scale_search, "rotate" * fmt.rotate_values)
-    return "-".join(map(str, (fmt.preset, fmt.head_dim, fmt.group_size, *filter(None, options))))
+    bits = f"{fmt.k_bits}-{fmt.v_bits}" * ((fmt.k_bits, fmt.v_bits) != PRESETS[fmt.preset])
+    return "-".join(map(str, (fmt.preset, fmt.head_dim, fmt.group_size, *filter(None, (*options, bits)))))
 
 
 all_formats = pytest.mark.parametrize("fmt", FORMATS + TUNED, ids=name_of)
@@ -277,15 +290,19 @@ def test_what_is_not_read(check: str) -> None:
 
 
 @needs_kernels
-def test_scales_of_sinks_are_not_read() -> None:
-    """Nor are their values multiplied by 0: they may be anything."""
-    fmt = FORMATS[0]
+@pytest.mark.parametrize("v_bits", [2, 16])
+def test_values_of_sinks_are_not_read(v_bits: int) -> None:
+    """Nor are they, or their scales, multiplied by 0: they may be anything."""
+    fmt = dataclasses.replace(FORMATS[0], v_bits=v_bits, padded_page_bytes=0)
     pool, _, _ = filled_pool(fmt, [100])
     query, clean = queries(fmt, 1, 3), pool.clone()
-    for offset in (fmt.v_scale_offset, fmt.v_zero_offset):
+    tile = pool.quantized[pool.quantized_table[0, 0]]
+    if v_bits == 16:
+        tile[:, fmt.v_codes_offset : fmt.v_codes_offset + 4 * 64 * fmt.element_bytes] = POISON
+    for offset in (fmt.v_scale_offset, fmt.v_zero_offset) * (v_bits < 16):
         for group in range(fmt.num_value_groups):
             first = offset + group * fmt.group_size * fmt.element_bytes
-            pool.quantized[pool.quantized_table[0, 0], :, first : first + 4 * fmt.element_bytes] = POISON
+            tile[:, first : first + 4 * fmt.element_bytes] = POISON
     assert torch.equal(*(test_cuda_decode.decode(each, query, [1]) for each in (pool, clean)))
 
 

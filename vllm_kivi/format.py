@@ -36,8 +36,10 @@ Quantized page, `page_tokens` (N) tokens of one layer, N a multiple of the group
 
     x ~ code * |scale| + zero. Keys share scale and zero per channel over the tile's G tokens, values per token over G
     channels. With `rotate_values` what is quantized of a value vector is H times it, H a Hadamard matrix on each run of
-    `hadamard_size` channels. With `full_precision` a tile is [G][D] keys then [G][D] values in the model's dtype, and
-    nothing else.
+    `hadamard_size` channels.
+
+    With k_bits 16 k_codes are the keys themselves, [G][D] in the model's dtype (of 4 bytes in a float32 model), and
+    k_boost, k_scale and k_zero take no bytes. So with v_bits 16 for the values.
 
 Full-precision page, `full_page_tokens` (n) tokens of one layer:
 
@@ -70,6 +72,8 @@ PRESETS = {
     "kivi8": (8, 8),
 }
 
+ACCEPTED_BITS = (2, 4, 8, 16)
+
 # kv_cache_dtype -> one key channel in how many has 4 bits, where that is not said
 BOOSTED_FRACTIONS = {"kivi2_boost": 4}
 ACCEPTED_FRACTIONS = (4, 8)
@@ -85,7 +89,6 @@ LAYOUT_FIELDS = (
     "full_page_tokens",
     "residual_length",
     "sink_tokens",
-    "full_precision",
     "scale_search",
     "rotate_values",
     "boosted_channels",
@@ -160,11 +163,12 @@ class KVFormat:
         sink_tokens: first tokens of a request that are never read quantized.
         page_tokens: N, tokens of a quantized page; 0 means G.
         padded_page_bytes: what the pool gives a page where another layer's page is larger; 0 means no padding.
-        full_precision: the bypass, same pages and code path with nothing quantized.
+        full_precision: the bypass, same pages and code path with nothing quantized: k_bits and v_bits are 16.
         scale_search: values' scales and zeros are those of the narrower range that loses least; changes no offset.
-        rotate_values: values are rotated before they are quantized; changes no offset. False with full_precision, which
-            quantizes nothing.
+        rotate_values: values are rotated before they are quantized; changes no offset. Both are False where v_bits is
+            16.
         boosted_fraction: one key channel in 4 or 8 has 4 bits; 0 means the preset's: none at all but in kivi2_boost.
+        k_bits, v_bits: of a code, 2, 4 or 8, or 16 for what is not quantized; 0 means the preset's.
 
     Raises:
         ValueError: names the option and what is accepted.
@@ -183,12 +187,18 @@ class KVFormat:
     scale_search: bool = False
     rotate_values: bool = False
     boosted_fraction: int = 0
+    k_bits: int = 0
+    v_bits: int = 0
 
     def __post_init__(self) -> None:
         _check("kv_cache_dtype", self.preset, tuple(PRESETS))
         _check("head_dim", self.head_dim, HEAD_DIMS)
         _check("dtype", self.dtype, tuple(DTYPE_BYTES))
         _check("group_size", self.group_size, GROUP_SIZES)
+        for name in ("full_precision", "scale_search", "rotate_values"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"kivi: {name}={getattr(self, name)!r} is not supported; accepted: True, False")
+        self._choose_bits()
         if self.boosted_fraction == 0:
             object.__setattr__(self, "boosted_fraction", BOOSTED_FRACTIONS.get(self.preset, 0))
         else:
@@ -212,19 +222,28 @@ class KVFormat:
         for name in ("residual_length", "sink_tokens"):
             if getattr(self, name) < 0:
                 raise ValueError(f"kivi: {name}={getattr(self, name)} must be 0 or more")
-        for name in ("full_precision", "scale_search", "rotate_values"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"kivi: {name}={getattr(self, name)!r} is not supported; accepted: True, False")
-        if self.full_precision:
+
+    def _choose_bits(self) -> None:
+        for name, own in zip(("k_bits", "v_bits"), PRESETS[self.preset], strict=True):
+            bits = getattr(self, name)
+            if bits == 0:
+                object.__setattr__(self, name, 16 if self.full_precision else own)
+                continue
+            _check(name, bits, ACCEPTED_BITS)
+            if self.full_precision and bits != 16:
+                raise ValueError(
+                    f"kivi: {name}={bits} is not supported with full_precision, which is 16 bits for keys and values; "
+                    "leave one of the two out"
+                )
+        object.__setattr__(self, "full_precision", self.k_bits == self.v_bits == 16)
+        if self.preset in BOOSTED_FRACTIONS and self.k_bits != 2 and not self.full_precision:
+            raise ValueError(
+                f"kivi: k_bits={self.k_bits} is not supported with {self.preset}, which boosts keys of 2 bits; leave "
+                "it out, or use kivi2"
+            )
+        if self.v_bits == 16:
+            object.__setattr__(self, "scale_search", False)
             object.__setattr__(self, "rotate_values", False)
-
-    @property
-    def k_bits(self) -> int:
-        return PRESETS[self.preset][0]
-
-    @property
-    def v_bits(self) -> int:
-        return PRESETS[self.preset][1]
 
     @property
     def element_bytes(self) -> int:
@@ -247,13 +266,26 @@ class KVFormat:
             return 0
         return _round_up(-(-self.head_dim // self.boosted_fraction), 8)
 
+    def _codes_bytes(self, bits: int) -> int:
+        """What the codes of a tile's keys, or values, take."""
+        elements = self.group_size * self.head_dim
+        return elements * self.element_bytes if bits == 16 else elements * bits // 8
+
+    @property
+    def _key_scale_bytes(self) -> int:
+        return 0 if self.k_bits == 16 else self.head_dim * self.element_bytes
+
+    @property
+    def _value_scale_bytes(self) -> int:
+        return 0 if self.v_bits == 16 else self.num_value_groups * self.group_size * self.element_bytes
+
     @property
     def k_codes_offset(self) -> int:
         return 0
 
     @property
     def k_boost_offset(self) -> int:
-        return self.head_dim * self.group_size * self.k_bits // 8
+        return self._codes_bytes(self.k_bits)
 
     @property
     def k_scale_offset(self) -> int:
@@ -261,29 +293,24 @@ class KVFormat:
 
     @property
     def k_zero_offset(self) -> int:
-        return self.k_scale_offset + self.head_dim * self.element_bytes
+        return self.k_scale_offset + self._key_scale_bytes
 
     @property
     def v_codes_offset(self) -> int:
-        if self.full_precision:
-            return self.group_size * self.head_dim * self.element_bytes
-        return self.k_zero_offset + self.head_dim * self.element_bytes
+        return self.k_zero_offset + self._key_scale_bytes
 
     @property
     def v_scale_offset(self) -> int:
-        return self.v_codes_offset + self.head_dim * self.group_size * self.v_bits // 8
+        return self.v_codes_offset + self._codes_bytes(self.v_bits)
 
     @property
     def v_zero_offset(self) -> int:
-        return self.v_scale_offset + self.num_value_groups * self.group_size * self.element_bytes
+        return self.v_scale_offset + self._value_scale_bytes
 
     @property
     def tile_bytes(self) -> int:
         """G tokens of one KV head, a multiple of G so that bytes per token are whole."""
-        if self.full_precision:
-            return 2 * self.v_codes_offset
-        end = self.v_zero_offset + self.num_value_groups * self.group_size * self.element_bytes
-        return _round_up(end, self.group_size)
+        return _round_up(self.v_zero_offset + self._value_scale_bytes, self.group_size)
 
     @property
     def token_bytes(self) -> int:
@@ -366,8 +393,8 @@ class HeadBytes(NamedTuple):
 def head_bytes(layout: Sequence[int]) -> HeadBytes:
     """What a flat list from `KVFormat.layout` says of sizes, for those who have nothing but the list."""
     fields = dict(zip(LAYOUT_FIELDS, layout, strict=True))
-    if fields["full_precision"]:
-        vectors_bytes, vectors = fields["v_codes_offset"], fields["group_size"]  # the keys of a tile
+    if fields["k_bits"] == 16:
+        vectors_bytes, vectors = fields["k_boost_offset"], fields["group_size"]  # the keys of a tile
     else:
         vectors_bytes, vectors = fields["k_zero_offset"] - fields["k_scale_offset"], 1
     element = vectors_bytes // (vectors * fields["head_dim"])

@@ -74,14 +74,15 @@ class KiviOptions:
         own = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
         return DEFAULTS[preset] | own
 
-    def format(self, preset: str, head_dim: int, num_kv_heads: int, dtype: str, **page: Any) -> KVFormat:
-        """The byte map of a layer under these options; `page` takes KVFormat's page_tokens and padded_page_bytes."""
+    def format(self, preset: str, head_dim: int, num_kv_heads: int, dtype: str, **others: Any) -> KVFormat:
+        """The byte map of a layer under these options; `others` are KVFormat's that are no options: page_tokens,
+        padded_page_bytes, k_bits and v_bits."""
         return KVFormat(
             preset=preset,
             head_dim=head_dim,
             num_kv_heads=num_kv_heads,
             dtype=dtype,
-            **page,
+            **others,
             **self.resolved(preset),
         )
 

@@ -11,27 +11,26 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vllm_kivi.format import (
+    ACCEPTED_BITS,
     ACCEPTED_FRACTIONS,
-    BOOSTED_FRACTIONS,
     DTYPE_BYTES,
     GROUP_SIZES,
     LAYOUT_FIELDS,
-    PRESETS,
     KVFormat,
 )
 
-BITS = tuple(sorted({bits for pair in PRESETS.values() for bits in pair}))
+BITS = tuple(bits for bits in ACCEPTED_BITS if bits < 16)
 SEARCHED_RANGES = (2.0**-14, 2.0**15)  # that scale_search narrows: no dtype over- or underflows
 
 
 class Tile(NamedTuple):
-    """An unpacked tile. With `full_precision` codes are the elements themselves, scale is 1 and zero is 0.
+    """An unpacked tile. With 16 bits codes are the elements themselves, scale is 1 and zero is 0.
 
     With `rotate_values` its values are the rotated ones: `dequantize_tile` turns them back.
     """
@@ -275,10 +274,14 @@ def _shifts(bits: int, device: torch.device) -> Tensor:
 
 def _write_tile(fmt: KVFormat, tile: Tensor, k: Tensor, v: Tensor) -> None:
     """Writes every section of the tile uint8 [H, tile_bytes] and leaves its padding alone."""
-    group_size, num_heads, head_dim = k.shape
-    if fmt.full_precision:
+    _write_keys(fmt, tile, k)
+    _write_values(fmt, tile, v)
+
+
+def _write_keys(fmt: KVFormat, tile: Tensor, k: Tensor) -> None:
+    group_size, num_heads, _ = k.shape
+    if fmt.k_bits == 16:
         _put(tile, fmt.k_codes_offset, k.transpose(0, 1))
-        _put(tile, fmt.v_codes_offset, v.transpose(0, 1))
         return
     if fmt.boosted_channels:
         codes, scale, zero, boosted = quantize_boosted_keys(k, fmt.boosted_channels, fmt.group_size)
@@ -294,10 +297,16 @@ def _write_tile(fmt: KVFormat, tile: Tensor, k: Tensor, v: Tensor) -> None:
     _put(tile, fmt.k_scale_offset, scale[0])
     _put(tile, fmt.k_zero_offset, zero[0])
 
+
+def _write_values(fmt: KVFormat, tile: Tensor, v: Tensor) -> None:
+    group_size, num_heads, head_dim = v.shape
+    if fmt.v_bits == 16:
+        _put(tile, fmt.v_codes_offset, v.transpose(0, 1))
+        return
     if fmt.rotate_values:
         v = rotate_values(v, fmt.hadamard_size)
     codes, scale, zero = quantize_values(v, fmt.v_bits, fmt.group_size, fmt.scale_search)
-    shifts = _shifts(fmt.v_bits, k.device)
+    shifts = _shifts(fmt.v_bits, v.device)
     slots = codes.view(-1, 2, 4, num_heads, head_dim).permute(3, 0, 1, 4, 2)  # [H, o, h, d, j], slot s = 4 * d + j
     fields = slots.reshape(num_heads, group_size // 8, 2, -1, len(shifts) // 2).transpose(
         2, 3
@@ -327,38 +336,50 @@ def unpack_tile(fmt: KVFormat, tile: Tensor) -> Tile:
     """
     if tile.dim() != 2 or tile.shape[1] != fmt.tile_bytes or tile.dtype != torch.uint8:
         raise ValueError(f"kivi: a tile is uint8 [num_kv_heads, {fmt.tile_bytes}]; got {tile.dtype} {list(tile.shape)}")
+    k_codes, k_scale, k_zero = _read_keys(fmt, tile)
+    return Tile(k_codes, k_scale.abs(), k_zero, *_read_values(fmt, tile), k_scale.signbit())
+
+
+def _read_keys(fmt: KVFormat, tile: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales with their signs, and zeros."""
     num_heads, group_size, head_dim, dtype = len(tile), fmt.group_size, fmt.head_dim, getattr(torch, fmt.dtype)
-    num_value_groups = fmt.num_value_groups
-    if fmt.full_precision:
+    if fmt.k_bits == 16:
         k = _get(tile, fmt.k_codes_offset, dtype, group_size, head_dim).transpose(0, 1)
-        v = _get(tile, fmt.v_codes_offset, dtype, group_size, head_dim).transpose(0, 1)
-        one, ones = k.new_ones(1, num_heads, head_dim), v.new_ones(group_size, num_heads, num_value_groups)
-        return Tile(k, one, torch.zeros_like(one), v, ones, torch.zeros_like(ones), torch.zeros_like(one).bool())
+        return k, k.new_ones(1, num_heads, head_dim), k.new_zeros(1, num_heads, head_dim)
     shifts = _shifts(fmt.k_bits, tile.device)
     words = _get(tile, fmt.k_codes_offset, torch.uint8, head_dim // len(shifts), group_size, 4)
-    k_codes = _fields(words, shifts, fmt.k_bits).permute(2, 0, 1, 3).reshape(group_size, num_heads, head_dim)
-    k_scale, k_zero = (
+    codes = _fields(words, shifts, fmt.k_bits).permute(2, 0, 1, 3).reshape(group_size, num_heads, head_dim)
+    scale, zero = (
         _get(tile, offset, dtype, 1, head_dim).transpose(0, 1) for offset in (fmt.k_scale_offset, fmt.k_zero_offset)
     )
-    k_boosted = k_scale.signbit()
     if fmt.boosted_channels:
+        boosted = scale.signbit()
         words = _get(tile, fmt.k_boost_offset, torch.uint8, fmt.boosted_channels // 8, group_size // 2, 4)
         fields = _fields(words, _shifts(2, tile.device), 2).unflatten(-1, (2, 2, 4))  # [H, B / 8, G / 2, j // 4, t, j]
         low = fields.permute(2, 4, 0, 1, 3, 5).reshape(group_size, num_heads, fmt.boosted_channels)
         # The clamp is for tiles that were never written, as a page may have.
-        place = (k_boosted.cumsum(-1) - 1).clamp(0, fmt.boosted_channels - 1).expand(k_codes.shape)
-        k_codes = torch.where(k_boosted, 4 * k_codes + low.gather(-1, place), k_codes)
+        place = (boosted.cumsum(-1) - 1).clamp(0, fmt.boosted_channels - 1).expand(codes.shape)
+        codes = torch.where(boosted, 4 * codes + low.gather(-1, place), codes)
+    return codes, scale, zero
 
+
+def _read_values(fmt: KVFormat, tile: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales and zeros."""
+    num_heads, group_size, head_dim, dtype = len(tile), fmt.group_size, fmt.head_dim, getattr(torch, fmt.dtype)
+    if fmt.v_bits == 16:
+        v = _get(tile, fmt.v_codes_offset, dtype, group_size, head_dim).transpose(0, 1)
+        shape = group_size, num_heads, fmt.num_value_groups
+        return v, v.new_ones(shape), v.new_zeros(shape)
     shifts = _shifts(fmt.v_bits, tile.device)
     words = _get(tile, fmt.v_codes_offset, torch.uint8, group_size // 8, 8 * head_dim // len(shifts), 4)
     fields = _fields(words, shifts, fmt.v_bits).unflatten(-1, (2, -1)).transpose(2, 3)  # [H, o, h, s // S, s % S]
     slots = fields.reshape(num_heads, group_size // 8, 2, head_dim, 4)  # [H, o, h, d, j]
-    v_codes = slots.permute(1, 2, 4, 0, 3).reshape(group_size, num_heads, head_dim)
-    v_scale, v_zero = (
-        _get(tile, offset, dtype, num_value_groups, group_size).permute(2, 0, 1)
+    codes = slots.permute(1, 2, 4, 0, 3).reshape(group_size, num_heads, head_dim)
+    scale, zero = (
+        _get(tile, offset, dtype, fmt.num_value_groups, group_size).permute(2, 0, 1)
         for offset in (fmt.v_scale_offset, fmt.v_zero_offset)
     )
-    return Tile(k_codes, k_scale.abs(), k_zero, v_codes, v_scale, v_zero, k_boosted)
+    return codes, scale, zero
 
 
 def dequantize_tile(fmt: KVFormat, tile: Tile, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -373,22 +394,17 @@ def dequantize_tile(fmt: KVFormat, tile: Tile, dtype: torch.dtype = torch.float3
 
 def _format(layout: Sequence[int], dtype: torch.dtype) -> KVFormat:
     """The KVFormat behind a layout list; refuses a list that no KVFormat of this dtype hands out."""
-    fields = dict(zip(LAYOUT_FIELDS, layout, strict=True))
-    bits = fields["k_bits"], fields["v_bits"]
+    fields: dict[str, Any] = dict(zip(LAYOUT_FIELDS, layout, strict=True))
     boosted = fields["boosted_channels"]
-    names = [name for name, own in PRESETS.items() if own == bits and (name in BOOSTED_FRACTIONS) == (boosted > 0)]
-    if not names:
-        raise ValueError(f"kivi: the layout's k_bits={fields['k_bits']} and v_bits={fields['v_bits']} match no preset")
     same = ("head_dim", "num_kv_heads", "group_size", "residual_length", "sink_tokens", "page_tokens")
     formats = [
         KVFormat(
-            names[0],
+            "kivi2_boost" if boosted else "kivi2",  # the layout does not tell presets of equal bits apart
             dtype=str(dtype).removeprefix("torch."),
             boosted_fraction=fraction,
-            full_precision=bool(fields["full_precision"]),
             scale_search=bool(fields["scale_search"]),
             rotate_values=bool(fields["rotate_values"]),
-            **{name: fields[name] for name in same},
+            **{name: fields[name] for name in (*same, "k_bits", "v_bits")},
         )
         for fraction in (ACCEPTED_FRACTIONS if boosted else (0,))
     ]

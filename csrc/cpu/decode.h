@@ -65,41 +65,7 @@ KIVI_INLINE void prefetch(const void* data, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(data) + i, 0, 2);
 }
 
-// Tokens [first, end) from quantized pages; `end` is a multiple of the group size.
-template <class T, int ROWS>
-void attend_quantized(const AttentionParams& params, int request, int head, int first, int end, RowBlock& block) {
-  const Layout& layout = params.layout;
-  const int group_size = layout.group_size;
-  QuantizedTiles<T, ROWS> quantized(layout, block);
-  const char* tiles[2][kBlockTiles];  // of this block and of the next one, which is fetched meanwhile
-  int start = first / group_size * group_size;
-  int num_tiles = at_most(end - start, kBlockTokens) / group_size;
-  find_tiles(params, request, head, start, num_tiles, tiles[0]);
-  for (int i = 0; i < num_tiles; ++i) {
-    if (tiles[0][i] != nullptr) prefetch(tiles[0][i], layout.tile_bytes);
-  }
-  const int lines_per_step = (layout.tile_bytes / 64 - 1) / Prefetcher::steps_per_tile(layout) + 1;
-  for (int parity = 0; num_tiles > 0; parity ^= 1) {
-    const int next = start + num_tiles * group_size, num_next = at_most(end - next, kBlockTokens) / group_size;
-    find_tiles(params, request, head, next, num_next, tiles[parity ^ 1]);
-    for (int i = num_next; i < num_tiles; ++i) tiles[parity ^ 1][i] = nullptr;
-    const Prefetcher ahead{tiles[parity ^ 1], lines_per_step};
-    quantized.scores(layout, tiles[parity], num_tiles, block, ahead);
-    for (int i = 0; i < num_tiles; ++i) {
-      // Tokens that are not there, and sinks, which are read in full precision.
-      const int num_masked = tiles[parity][i] == nullptr ? group_size : first - start - i * group_size;
-      for (int token = i * group_size; token < i * group_size + num_masked; ++token) {
-        for (int row = 0; row < ROWS; ++row) block.scores[row][token] = -kInfinity;
-      }
-    }
-    softmax_rows<ROWS>(block, 0, num_tiles * group_size, layout.head_dim, params.logits_soft_cap);
-    quantized.values(layout, tiles[parity], num_tiles, block, ahead);
-    start = next;
-    num_tiles = num_next;
-  }
-}
-
-// ---------------------------------------------------------------------------------------------- full-precision tokens
+// -------------------------------------------------------------------------------------------------- tokens as elements
 
 // scores[first_row + i][first ... first + kLanes - 1] of as many keys.
 template <class T, int ROWS>
@@ -119,12 +85,12 @@ void key_scores(int head_dim, const T* const* keys, RowBlock& block, int first_r
 }
 
 template <class T, int ROWS, int VECTORS>
-void add_values(const T* const* values, int count, int channel, RowBlock& block, int first_row) {
+void add_channels(const T* const* values, int count, int channel, RowBlock& block, int first_row, int first) {
   Floats sums[ROWS][VECTORS] = {};
   for (int token = 0; token < count; ++token) {
     for (int i = 0; i < VECTORS; ++i) {
       const Floats value = to_floats(values[token] + channel + i * kLanes);
-      for (int row = 0; row < ROWS; ++row) sums[row][i] += value * block.scores[first_row + row][token];
+      for (int row = 0; row < ROWS; ++row) sums[row][i] += value * block.scores[first_row + row][first + token];
     }
   }
   for (int row = 0; row < ROWS; ++row) {
@@ -132,6 +98,90 @@ void add_values(const T* const* values, int count, int channel, RowBlock& block,
     for (int i = 0; i < VECTORS; ++i) save(out + i * kLanes, load<Floats>(out + i * kLanes) + sums[row][i]);
   }
 }
+
+// Adds `count` values times the weights from `first` on.
+template <class T, int ROWS>
+void add_values(int head_dim, const T* const* values, int count, RowBlock& block, int first_row, int first) {
+  int channel = 0;
+  for (; channel + 2 * kLanes <= head_dim; channel += 2 * kLanes) {
+    add_channels<T, ROWS, 2>(values, count, channel, block, first_row, first);
+  }
+  if (channel < head_dim) add_channels<T, ROWS, 1>(values, count, channel, block, first_row, first);
+}
+
+// Scores of tiles whose keys have 16 bits.
+template <class T, int ROWS>
+void element_scores(const Layout& layout, const char* const* tiles, int num_tiles, RowBlock& block) {
+  const T* keys[kLanes];
+  for (int i = 0; i < num_tiles; ++i) {
+    if (tiles[i] == nullptr) continue;
+    for (int token = 0; token < layout.group_size; token += kLanes) {
+      for (int j = 0; j < kLanes; ++j) keys[j] = element_row<T>(layout, tiles[i], layout.k_codes_offset, token + j);
+      key_scores<T, ROWS>(layout.head_dim, keys, block, 0, i * layout.group_size + token);
+    }
+  }
+}
+
+// Adds weighted values of tiles whose values have 16 bits. Tokens below `first` have no weight and may be anything.
+template <class T, int ROWS>
+void add_element_values(const Layout& layout, const char* const* tiles, int num_tiles, int first, RowBlock& block) {
+  const T* values[kMaxGroup];
+  for (int i = 0; i < num_tiles; ++i) {
+    if (tiles[i] == nullptr) continue;
+    int count = 0;
+    const int first_token = at_least(first - i * layout.group_size, 0);
+    for (int token = first_token; token < layout.group_size; ++token) {
+      values[count++] = element_row<T>(layout, tiles[i], layout.v_codes_offset, token);
+    }
+    add_values<T, ROWS>(layout.head_dim, values, count, block, 0, i * layout.group_size + first_token);
+  }
+}
+
+// ----------------------------------------------------------------------------------------------------- quantized pages
+
+// Tokens [first, end) from quantized pages; `end` is a multiple of the group size.
+template <class T, int ROWS>
+void attend_quantized(const AttentionParams& params, int request, int head, int first, int end, RowBlock& block) {
+  const Layout& layout = params.layout;
+  const int group_size = layout.group_size;
+  QuantizedTiles<T, ROWS> quantized(layout, block);
+  const char* tiles[2][kBlockTiles];  // of this block and of the next one, which is fetched meanwhile
+  int start = first / group_size * group_size;
+  int num_tiles = at_most(end - start, kBlockTokens) / group_size;
+  find_tiles(params, request, head, start, num_tiles, tiles[0]);
+  for (int i = 0; i < num_tiles; ++i) {
+    if (tiles[0][i] != nullptr) prefetch(tiles[0][i], layout.tile_bytes);
+  }
+  const int lines_per_step = (layout.tile_bytes / 64 - 1) / Prefetcher::steps_per_tile(layout) + 1;
+  for (int parity = 0; num_tiles > 0; parity ^= 1) {
+    const int next = start + num_tiles * group_size, num_next = at_most(end - next, kBlockTokens) / group_size;
+    find_tiles(params, request, head, next, num_next, tiles[parity ^ 1]);
+    for (int i = num_next; i < num_tiles; ++i) tiles[parity ^ 1][i] = nullptr;
+    const Prefetcher ahead{tiles[parity ^ 1], lines_per_step};
+    if (layout.k_bits == 16) {
+      element_scores<T, ROWS>(layout, tiles[parity], num_tiles, block);
+    } else {
+      quantized.scores(layout, tiles[parity], num_tiles, block, ahead);
+    }
+    for (int i = 0; i < num_tiles; ++i) {
+      // Tokens that are not there, and sinks, which are read in full precision.
+      const int num_masked = tiles[parity][i] == nullptr ? group_size : first - start - i * group_size;
+      for (int token = i * group_size; token < i * group_size + num_masked; ++token) {
+        for (int row = 0; row < ROWS; ++row) block.scores[row][token] = -kInfinity;
+      }
+    }
+    softmax_rows<ROWS>(block, 0, num_tiles * group_size, layout.head_dim, params.logits_soft_cap);
+    if (layout.v_bits == 16) {
+      add_element_values<T, ROWS>(layout, tiles[parity], num_tiles, first - start, block);
+    } else {
+      quantized.values(layout, tiles[parity], num_tiles, block, ahead);
+    }
+    start = next;
+    num_tiles = num_next;
+  }
+}
+
+// ---------------------------------------------------------------------------------------------- full-precision tokens
 
 // Attends `count` tokens; their values lie value_offset elements after their keys.
 template <class T>
@@ -149,11 +199,7 @@ void attend_tokens(const AttentionParams& params, const T** tokens, int count, i
   for (int i = 0; i < count; ++i) tokens[i] += value_offset;
   with_rows<kMaxRows>(end_row - first_row, [&]<int ROWS>() {
     softmax_rows<ROWS>(block, first_row, padded, head_dim, params.logits_soft_cap);
-    int channel = 0;
-    for (; channel + 2 * kLanes <= head_dim; channel += 2 * kLanes) {
-      add_values<T, ROWS, 2>(tokens, count, channel, block, first_row);
-    }
-    if (channel < head_dim) add_values<T, ROWS, 1>(tokens, count, channel, block, first_row);
+    add_values<T, ROWS>(head_dim, tokens, count, block, first_row, 0);
   });
 }
 
@@ -171,24 +217,6 @@ void attend_full(const AttentionParams& params, int request, int head, int first
       tokens[count++] = token;
     }
     attend_tokens<T>(params, tokens, count, params.layout.head_dim, block, first_row, end_row);
-  }
-}
-
-// Tokens [first, end) from quantized pages that hold everything in full precision.
-template <class T>
-void attend_bypass(const AttentionParams& params, int request, int head, int first, int end, RowBlock& block,
-                   int rows) {
-  const Layout& layout = params.layout;
-  for (int start = first; start < end; start += kBlockTokens) {
-    const T* tokens[kBlockTokens];
-    int count = 0;
-    for (int position = start; position < at_most(start + kBlockTokens, end); ++position) {
-      const int token = position % layout.group_size;
-      const char* tile = tile_of(layout, params.quantized, request, head, position - token);
-      if (tile == nullptr) continue;
-      tokens[count++] = reinterpret_cast<const T*>(tile + layout.k_codes_offset) + int64_t(token) * layout.head_dim;
-    }
-    attend_tokens<T>(params, tokens, count, layout.v_codes_offset / int64_t(sizeof(T)), block, 0, rows);
   }
 }
 
@@ -266,15 +294,11 @@ void attend_split(const AttentionParams& params, const Request& request, int hea
     const int sinks = at_least(layout.sink_tokens, 0);
     const int quantized_first = at_least(first, sinks), quantized_last = at_most(end, quantized_end);
     if (quantized_first < quantized_last) {
-      if (layout.full_precision) {
-        attend_bypass<T>(params, request.index, head, quantized_first, quantized_last, block, rows);
-      } else {
-        with_rows<kMaxRows>(rows, [&]<int ROWS>() {
-          attend_quantized<T, ROWS>(params, request.index, head, quantized_first, quantized_last, block);
-        });
-        // So far the sums are over rotated values; what is added from here on is not rotated.
-        for (int row = 0; layout.rotate_values && row < rows; ++row) rotate(block.sums[row], head_dim);
-      }
+      with_rows<kMaxRows>(rows, [&]<int ROWS>() {
+        attend_quantized<T, ROWS>(params, request.index, head, quantized_first, quantized_last, block);
+      });
+      // So far the sums are over rotated values; what is added from here on is not rotated.
+      for (int row = 0; layout.rotate_values && row < rows; ++row) rotate(block.sums[row], head_dim);
     }
     // Rows of the same position share their full-precision tokens: sinks, then from the boundary on.
     for (int row = 0, next; row < rows; row = next) {

@@ -79,9 +79,27 @@ void dequantize_value_codes(const Layout& layout, const char* tile, int token, f
   }
 }
 
+// out[channel * stride + i] of the rows [count], a multiple of kLanes.
+template <class T>
+void transpose_rows(const T* const* rows, int count, int head_dim, float* out, int stride) {
+  for (int i = 0; i < count; i += kLanes) {
+    for (int channel = 0; channel < head_dim; channel += kLanes) {
+      Floats block[kLanes];
+      for (int j = 0; j < kLanes; ++j) block[j] = to_floats(rows[i + j] + channel);
+      transpose(block);
+      for (int j = 0; j < kLanes; ++j) save(out + (channel + j) * stride + i, block[j]);
+    }
+  }
+}
+
 // out[channel * stride + i] is that channel of token i.
 template <class T>
 void dequantize_keys(const Layout& layout, const char* tile, int token, float* out, int stride) {
+  if (layout.k_bits == 16) {
+    const T* rows[kChunkTokens];
+    for (int i = 0; i < kChunkTokens; ++i) rows[i] = element_row<T>(layout, tile, layout.k_codes_offset, token + i);
+    return transpose_rows<T>(rows, kChunkTokens, layout.head_dim, out, stride);
+  }
   with_bits(layout.k_bits, [&]<int BITS>() { dequantize_key_codes<T, BITS>(layout, tile, token, out, stride); });
   if (layout.boosted_channels > 0) dequantize_boosted<T>(layout, tile, token, out, stride);
 }
@@ -89,6 +107,15 @@ void dequantize_keys(const Layout& layout, const char* tile, int token, float* o
 // out[i * stride + channel]; channels past head_dim, up to a multiple of kUnitChannels, are written too.
 template <class T>
 void dequantize_values(const Layout& layout, const char* tile, int token, float* out, int stride) {
+  if (layout.v_bits == 16) {
+    for (int i = 0; i < kChunkTokens; ++i) {
+      const T* row = element_row<T>(layout, tile, layout.v_codes_offset, token + i);
+      for (int channel = 0; channel < layout.head_dim; channel += kLanes) {
+        save(out + i * stride + channel, to_floats(row + channel));
+      }
+    }
+    return;
+  }
   with_bits(layout.v_bits, [&]<int BITS>() { dequantize_value_codes<T, BITS>(layout, tile, token, out, stride); });
 }
 

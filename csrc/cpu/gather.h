@@ -2,8 +2,8 @@
 //
 // A task is what is asked for of one group of one KV head of one request. Of its tile, 32 tokens at a time become
 // floats in a buffer that stays in the cache: keys by channel, which are then transposed in registers, and values by
-// token, which are turned back where they are rotated. Other tokens are copied; those without a page are 0. Tasks of
-// the same tokens follow each other, as their rows do. Bound by the memory that is written.
+// token, which are turned back where they are rotated. Other tokens and what has 16 bits are copied; tokens without a
+// page are 0. Tasks of the same tokens follow each other, as their rows do. Bound by the memory that is written.
 #pragma once
 
 #include "dequantize.h"
@@ -28,18 +28,17 @@ struct GatheredRows {
 
   T* key(int position) const { return keys + (position - first) * key_stride; }
   T* value(int position) const { return values + (position - first) * value_stride; }
-
-  // The value lies value_offset elements after the key, which is null where there is no page.
-  void copy(int position, const T* from, int64_t value_offset, int head_dim) const {
-    if (from == nullptr) {
-      std::memset(key(position), 0, head_dim * sizeof(T));
-      std::memset(value(position), 0, head_dim * sizeof(T));
-    } else {
-      std::memcpy(key(position), from, head_dim * sizeof(T));
-      std::memcpy(value(position), from + value_offset, head_dim * sizeof(T));
-    }
-  }
 };
+
+// Elements as they are; 0 where there is no page.
+template <class T>
+void copy_row(T* to, const T* from, int head_dim) {
+  if (from == nullptr) {
+    std::memset(to, 0, head_dim * sizeof(T));
+  } else {
+    std::memcpy(to, from, head_dim * sizeof(T));
+  }
+}
 
 // The largest code may lie a rounding beyond the largest number.
 template <class T>
@@ -49,27 +48,32 @@ KIVI_INLINE void write_finite(T* out, Floats x) {
 
 // Positions [first, end), which are in the same chunk of a tile.
 template <class T>
-void gather_chunk(const Layout& layout, const char* tile, int first, int end, const GatheredRows<T>& rows) {
-  const int head_dim = layout.head_dim, start = first / kChunkTokens * kChunkTokens, token = start % layout.group_size;
-  alignas(64) float buffer[kChunkTokens * kMaxHeadDim];
-  dequantize_keys<T>(layout, tile, token, buffer, kChunkTokens);
-  for (int block = first / kLanes * kLanes; block < end; block += kLanes) {
-    for (int channel = 0; channel < head_dim; channel += kLanes) {
-      Floats keys[kLanes];
+void gather_keys(const Layout& layout, const char* tile, int first, int end, const GatheredRows<T>& rows) {
+  const int start = first / kChunkTokens * kChunkTokens;
+  alignas(64) float keys[kMaxHeadDim][kChunkTokens];
+  dequantize_keys<T>(layout, tile, start % layout.group_size, keys[0], kChunkTokens);
+  for (int block_start = first / kLanes * kLanes; block_start < end; block_start += kLanes) {
+    for (int channel = 0; channel < layout.head_dim; channel += kLanes) {
+      Floats block[kLanes];
+      for (int i = 0; i < kLanes; ++i) block[i] = load<Floats>(keys[channel + i] + block_start - start);
+      transpose(block);
       for (int i = 0; i < kLanes; ++i) {
-        keys[i] = load<Floats>(buffer + (channel + i) * kChunkTokens + block - start);
-      }
-      transpose(keys);
-      for (int i = 0; i < kLanes; ++i) {
-        if (first <= block + i && block + i < end) write_finite(rows.key(block + i) + channel, keys[i]);
+        const int position = block_start + i;
+        if (first <= position && position < end) write_finite(rows.key(position) + channel, block[i]);
       }
     }
   }
-  dequantize_values<T>(layout, tile, token, buffer, kMaxHeadDim);
+}
+
+template <class T>
+void gather_values(const Layout& layout, const char* tile, int first, int end, const GatheredRows<T>& rows) {
+  const int start = first / kChunkTokens * kChunkTokens;
+  alignas(64) float values[kChunkTokens][kMaxHeadDim];
+  dequantize_values<T>(layout, tile, start % layout.group_size, values[0], kMaxHeadDim);
   for (int position = first; position < end; ++position) {
-    float* value = buffer + (position - start) * kMaxHeadDim;
-    if (layout.rotate_values) rotate(value, head_dim);
-    for (int channel = 0; channel < head_dim; channel += kLanes) {
+    float* value = values[position - start];
+    if (layout.rotate_values) rotate(value, layout.head_dim);
+    for (int channel = 0; channel < layout.head_dim; channel += kLanes) {
       write_finite(rows.value(position) + channel, load<Floats>(value + channel));
     }
   }
@@ -79,29 +83,33 @@ void gather_chunk(const Layout& layout, const char* tile, int first, int end, co
 template <class T>
 void gather_group(const GatherParams& params, int request, int head, int first, int end) {
   const Layout& layout = params.layout;
-  const int head_dim = layout.head_dim;
+  const int head_dim = layout.head_dim, group_start = first / layout.group_size * layout.group_size;
   const GatheredRows<T> rows(params, request, head);
   const int quantized_first = at_least(first, layout.sink_tokens);
   const int quantized_end = at_most(end, params.boundary[request]);
   for (int position = first; position < end; ++position) {
     if (quantized_first <= position && position < quantized_end) continue;
-    rows.copy(position, full_token_of<T>(layout, params.full, request, head, position), head_dim, head_dim);
+    const T* key = full_token_of<T>(layout, params.full, request, head, position);
+    copy_row(rows.key(position), key, head_dim);
+    copy_row(rows.value(position), key == nullptr ? nullptr : key + head_dim, head_dim);
   }
   if (quantized_first >= quantized_end) return;
-  const int token = first % layout.group_size;
-  const char* tile = tile_of(layout, params.quantized, request, head, first - token);
-  if (tile != nullptr && !layout.full_precision) {
-    for (int start = quantized_first, next; start < quantized_end; start = next) {
-      next = at_most(start / kChunkTokens * kChunkTokens + kChunkTokens, quantized_end);
-      gather_chunk<T>(layout, tile, start, next, rows);
+  const char* tile = tile_of(layout, params.quantized, request, head, group_start);
+  const auto row_of = [&](int32_t offset, int position) {
+    return tile == nullptr ? nullptr : element_row<T>(layout, tile, offset, position - group_start);
+  };
+  for (int start = quantized_first, next; start < quantized_end; start = next) {
+    next = at_most(start / kChunkTokens * kChunkTokens + kChunkTokens, quantized_end);
+    if (tile == nullptr || layout.k_bits == 16) {
+      for (int i = start; i < next; ++i) copy_row(rows.key(i), row_of(layout.k_codes_offset, i), head_dim);
+    } else {
+      gather_keys(layout, tile, start, next, rows);
     }
-    return;
-  }
-  for (int position = quantized_first; position < quantized_end; ++position) {
-    const T* key = tile == nullptr ? nullptr
-                                   : reinterpret_cast<const T*>(tile + layout.k_codes_offset) +
-                                         int64_t(position % layout.group_size) * head_dim;
-    rows.copy(position, key, layout.v_codes_offset / int64_t(sizeof(T)), head_dim);
+    if (tile == nullptr || layout.v_bits == 16) {
+      for (int i = start; i < next; ++i) copy_row(rows.value(i), row_of(layout.v_codes_offset, i), head_dim);
+    } else {
+      gather_values(layout, tile, start, next, rows);
+    }
   }
 }
 

@@ -43,6 +43,12 @@ KIVI_INLINE T* full_token_of(const Layout& layout, const Pages& pages, int reque
   return reinterpret_cast<T*>(page) + int64_t(position % layout.full_page_tokens) * 2 * layout.head_dim;
 }
 
+// Keys or values of 16 bits: those of a tile's token `token`; `offset` is that of their codes.
+template <class T>
+KIVI_INLINE const T* element_row(const Layout& layout, const char* tile, int32_t offset, int token) {
+  return reinterpret_cast<const T*>(tile + offset) + int64_t(token) * layout.head_dim;
+}
+
 // The lowest BITS bits of each byte.
 template <int BITS>
 constexpr uint32_t kByteMask = ((1u << BITS) - 1) * 0x01010101u;
@@ -231,7 +237,7 @@ KIVI_INLINE void unrolled(const F& f) {
   }
 }
 
-// Calls f<bits>().
+// Calls f<bits>(), for codes: 2, 4 or 8.
 template <class F>
 KIVI_INLINE void with_bits(int bits, const F& f) {
   switch (bits) {

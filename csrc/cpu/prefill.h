@@ -39,6 +39,19 @@ struct TokenTile {
       if ((present >> token & 1) == 0) std::memset(values[token], 0, head_dim * sizeof(float));
     }
   }
+
+  bool has_finite_values(int head_dim) const {
+    Words largest{};  // magnitudes; inf and NaN have all exponent bits
+    for (int token = 0; token < kTileTokens; ++token) {
+      for (int channel = 0; channel < head_dim; channel += kLanes) {
+        const Words size = load<Words>(values[token] + channel) & 0x7fffffffu;
+        largest = size > largest ? size : largest;
+      }
+    }
+    bool finite = true;
+    for (int lane = 0; lane < kLanes; ++lane) finite &= largest[lane] < 0x7f800000u;
+    return finite;
+  }
 };
 
 // --------------------------------------------------------------------------------------------------- filling the tile
@@ -48,7 +61,6 @@ template <class T>
 void fill_quantized(const AttentionParams& params, int request, int head, int start, int end, TokenTile& out) {
   const Layout& layout = params.layout;
   out.present = 0;
-  out.finite_values = true;
   for (int position = start; position < end; position += kChunkTokens) {
     const int token = position % layout.group_size, column = position - start;
     const char* tile = tile_of(layout, params.quantized, request, head, position - token);
@@ -58,6 +70,7 @@ void fill_quantized(const AttentionParams& params, int request, int head, int st
     dequantize_values<T>(layout, tile, token, out.values[column], kMaxHeadDim);
   }
   out.clear_absent_values(layout.head_dim);
+  out.finite_values = layout.v_bits < 16 || out.has_finite_values(layout.head_dim);
 }
 
 // Tokens [start, end) from rows in full precision; row(position) gives its key and value, null where it is not there.
@@ -66,7 +79,6 @@ void fill_full(const Layout& layout, int start, int end, TokenTile& out, const R
   out.present = 0;
   alignas(64) const T nothing[kMaxHeadDim] = {};
   const T* keys[kTileTokens];
-  Words exponents{};  // the largest magnitudes seen; inf and NaN have all exponent bits
   for (int token = 0; token < round_up(end - start, kLanes); ++token) {
     const T *key = nullptr, *value = nullptr;
     if (start + token < end) row(start + token, key, value);
@@ -74,23 +86,12 @@ void fill_full(const Layout& layout, int start, int end, TokenTile& out, const R
     if (key == nullptr) continue;
     out.present |= uint64_t(1) << token;
     for (int channel = 0; channel < layout.head_dim; channel += kLanes) {
-      const Floats x = to_floats(value + channel);
-      const Words magnitude = (Words)x & 0x7fffffffu;
-      exponents = magnitude > exponents ? magnitude : exponents;
-      save(out.values[token] + channel, x);
+      save(out.values[token] + channel, to_floats(value + channel));
     }
   }
-  out.finite_values = true;
-  for (int lane = 0; lane < kLanes; ++lane) out.finite_values &= exponents[lane] < 0x7f800000u;
   out.clear_absent_values(layout.head_dim);
-  for (int token = 0; token < end - start; token += kLanes) {
-    for (int channel = 0; channel < layout.head_dim; channel += kLanes) {
-      Floats block[kLanes];
-      for (int i = 0; i < kLanes; ++i) block[i] = to_floats(keys[token + i] + channel);
-      transpose(block);
-      for (int i = 0; i < kLanes; ++i) save(out.keys[channel + i] + token, block[i]);
-    }
-  }
+  out.finite_values = out.has_finite_values(layout.head_dim);
+  transpose_rows<T>(keys, round_up(end - start, kLanes), layout.head_dim, out.keys[0], kTileTokens);
 }
 
 // -------------------------------------------------------------------------------------------------------- the row tile
@@ -276,25 +277,14 @@ void attend_rows(const AttentionParams& params, int request, const Chunk& chunk,
       value = key + head_dim;
     }
   };
-  const auto bypass_row = [&](int position, const T*& key, const T*& value) {
-    const int token = position % layout.group_size;
-    const char* tile = tile_of(layout, params.quantized, request, head, position - token);
-    if (tile == nullptr) return;
-    key = reinterpret_cast<const T*>(tile + layout.k_codes_offset) + int64_t(token) * head_dim;
-    value = reinterpret_cast<const T*>(tile + layout.v_codes_offset) + int64_t(token) * head_dim;
-  };
 
   for (int start = sinks / kChunkTokens * kChunkTokens; start < last_boundary; start += kTileTokens) {
     const int tile_end = at_most(start + kTileTokens, last_boundary);
-    if (layout.full_precision) {
-      fill_full<T>(layout, start, tile_end, tokens, bypass_row);
-    } else {
-      fill_quantized<T>(params, request, head, start, tile_end, tokens);
-    }
+    fill_quantized<T>(params, request, head, start, tile_end, tokens);
     attend_tile(tokens, rows, params.logits_soft_cap,
                 [&](const RowRange& row) { return bit_range(sinks, row.boundary, start); });
   }
-  if (layout.rotate_values && !layout.full_precision && sinks < last_boundary) {
+  if (layout.rotate_values && sinks < last_boundary) {
     // So far the sums are over rotated values; what is added from here on is not rotated.
     for (int row = 0; row < rows.count; ++row) rotate(rows.sums + int64_t(row) * head_dim, head_dim);
   }

@@ -319,6 +319,7 @@ struct ByteTiles {
   ByteBlock bytes;
 
   ByteTiles(const Layout& layout, const RowBlock& block) {
+    if (layout.k_bits == 16) return;
     with_bits(layout.k_bits, [&]<int BITS>() {
       for (int row = 0; row < ROWS; ++row) {
         for (int channel = 0; channel < layout.head_dim; channel += kLanes) {

@@ -306,14 +306,11 @@ void quantize_values(const Layout& layout, const GroupRows<T>& rows, char* tile)
   }
 }
 
-// The bypass: the tile holds [G][D] keys, then [G][D] values.
+// Keys or values of 16 bits: [G][D] elements.
 template <class T>
-void copy_tile(const Layout& layout, const GroupRows<T>& rows, char* tile) {
+void copy_rows(const Layout& layout, const T* const* rows, char* to) {
   const int64_t row_bytes = layout.head_dim * sizeof(T);
-  for (int token = 0; token < layout.group_size; ++token) {
-    std::memcpy(tile + layout.k_codes_offset + token * row_bytes, rows.key[token], row_bytes);
-    std::memcpy(tile + layout.v_codes_offset + token * row_bytes, rows.value[token], row_bytes);
-  }
+  for (int token = 0; token < layout.group_size; ++token) std::memcpy(to + token * row_bytes, rows[token], row_bytes);
 }
 
 template <class T>
@@ -349,10 +346,14 @@ void store_group(const StoreParams& params, int request, int head, int group) {
       rows.value[i] = token + layout.head_dim;
     }
   }
-  if (layout.full_precision) {
-    copy_tile(layout, rows, tile);
+  if (layout.k_bits == 16) {
+    copy_rows<T>(layout, rows.key, tile + layout.k_codes_offset);
   } else {
     with_bits(layout.k_bits, [&]<int BITS>() { quantize_keys<T, BITS>(layout, rows, tile); });
+  }
+  if (layout.v_bits == 16) {
+    copy_rows<T>(layout, rows.value, tile + layout.v_codes_offset);
+  } else {
     with_bits(layout.v_bits, [&]<int BITS>() { quantize_values<T, BITS>(layout, rows, tile); });
   }
 }

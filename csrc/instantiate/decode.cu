@@ -4,7 +4,7 @@
 
 #include "../cuda_kernels.h"
 #include "../decode.cuh"
-#include "../variants.inc"
+#include "../variants.cuh"
 
 namespace kivi::cuda {
 
@@ -48,11 +48,10 @@ int log_unit_tiles(const Layout& layout) {
 }
 
 // Enough bytes in flight for the memory: many warps first, then stages.
-Plan make_plan(const Layout& layout, const Device& device) {
+Plan make_plan(const Layout& layout, int unit_bytes, const Device& device) {
   constexpr struct {
     int blocks, warps, stages;
   } kWishes[] = {{2, 4, 2}, {1, 4, 2}, {1, 2, 2}, {1, 1, 1}};
-  const int unit_bytes = layout.full_precision ? 0 : layout.tile_bytes << log_unit_tiles(layout);
   const int words_bytes = 4 * warp_words(layout.head_dim, layout.k_bits, layout.boosted_channels);
   const int stage_bytes = std::max(unit_bytes, kRunTokens * (4 * layout.head_dim + 16));
   for (const auto& wish : kWishes) {
@@ -104,12 +103,13 @@ size_t decode_workspace_bytes(const Layout& layout) {
 
 const char* decode(const AttentionParams& attention, Stream stream) {
   if (attention.batch.num_reqs == 0) return nullptr;
-  const Layout& layout = attention.layout;
+  const Layout layout = with_kernel_bits(attention.layout);
   const void* kernel = find_kernel(layout, attention.dtype);
   if (kernel == nullptr) return kCompiled;
   Device device;
   if (cudaError_t error = find_device(device)) return message(error);
-  const Plan plan = make_plan(layout, device);
+  const int unit_bytes = layout.tile_bytes << log_unit_tiles(layout);
+  const Plan plan = make_plan(layout, attention.layout.full_precision() ? 0 : unit_bytes, device);
   if (plan.num_warps == 0) return "a tile does not fit this GPU's shared memory; use a smaller group_size";
   const int blocks = plan.blocks_per_multiprocessor * device.num_multiprocessors;
   DecodeParams params{};
@@ -128,7 +128,7 @@ const char* decode(const AttentionParams& attention, Stream stream) {
   params.first_plain = layout.sink_tokens % layout.group_size != 0;
   params.num_stages = plan.num_stages;
   params.stage_bytes = plan.stage_bytes;
-  params.unit_bytes = layout.tile_bytes << params.log_unit_tiles;
+  params.unit_bytes = unit_bytes;
   char* workspace = static_cast<char*>(attention.workspace);
   params.first_sums = reinterpret_cast<float4*>(workspace);
   params.partials = reinterpret_cast<float4*>(workspace + blocks * kMaxWarps * sums_bytes(layout));

@@ -13,7 +13,7 @@ const char* store(const StoreParams& params, int max_new_tokens, Stream stream) 
   if (max_new_tokens == 0 || params.batch.num_reqs == 0) return nullptr;
   return with_variant(layout, params.dtype, [&]<class T, int K_BITS, int V_BITS>() {
     const bool aligned = are_aligned(params.key, sizeof(T)) && are_aligned(params.value, sizeof(T));
-    if (!layout.full_precision && (layout.scale_search || layout.rotate_values || layout.boosted_channels > 0)) {
+    if (!layout.full_precision() && (layout.scale_search || layout.rotate_values || layout.boosted_channels > 0)) {
       const int runs = (max_new_tokens - 1) / kRunRows + 1;
       const int items = std::min(max_new_tokens, kRunRows) * num_heads * (1 + layout.group_size / kOctet);
       const int blocks_per_run = std::min(std::max(512 / runs, 8), items);

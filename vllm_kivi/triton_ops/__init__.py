@@ -1,4 +1,4 @@
-"""store, decode and gather in Triton, for GPUs and head sizes that the compiled extension has no code for.
+"""store, decode and gather in Triton, for GPUs, head sizes and bits that the compiled extension has no code for.
 
 The same arguments and results as in ops.py, which chooses. This file checks them and launches:
 

@@ -11,9 +11,9 @@ TOKENS = tl.constexpr(32)  # of a unit; it divides every group size
 
 # A kernel's `layout` is KVFormat.layout() and the head size rounded up to a power of two; these are indices into it.
 HEAD_DIM, NUM_KV_HEADS, K_BITS, V_BITS, GROUP_SIZE, PAGE_TOKENS, FULL_PAGE_TOKENS = map(tl.constexpr, range(7))
-RESIDUAL_LENGTH, SINK_TOKENS, FULL_PRECISION, SCALE_SEARCH, ROTATE_VALUES = map(tl.constexpr, range(7, 12))
-BOOSTED_CHANNELS, NUM_VALUE_GROUPS, K_CODES, K_BOOST, K_SCALE, K_ZERO = map(tl.constexpr, range(12, 18))
-V_CODES, V_SCALE, V_ZERO, TILE_BYTES, WIDTH = map(tl.constexpr, range(18, 23))
+RESIDUAL_LENGTH, SINK_TOKENS, SCALE_SEARCH, ROTATE_VALUES = map(tl.constexpr, range(7, 11))
+BOOSTED_CHANNELS, NUM_VALUE_GROUPS, K_CODES, K_BOOST, K_SCALE, K_ZERO = map(tl.constexpr, range(11, 17))
+V_CODES, V_SCALE, V_ZERO, TILE_BYTES, WIDTH = map(tl.constexpr, range(17, 22))
 
 
 class Rows(NamedTuple):

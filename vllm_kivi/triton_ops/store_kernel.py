@@ -8,7 +8,6 @@ import triton.language as tl
 from vllm_kivi.triton_ops.layout import (
     BOOSTED_CHANNELS,
     FULL_PAGE_TOKENS,
-    FULL_PRECISION,
     GROUP_SIZE,
     HEAD_DIM,
     K_BITS,
@@ -181,7 +180,7 @@ def store_kernel(key, value, quantized, full, start_loc, seq_lens, num_requests,
     if (block == 0) | (gone > 0):  # without its tokens the group cannot be what it should
         return
     tile = tile_address(quantized, block, head, position, layout)
-    if not layout[FULL_PRECISION]:
+    if layout[K_BITS] < 16:
         old = full_key_addresses(full, blocks, head, positions, layout, dtype)
         _store_keys(key, rows, first_row, head, old, tile, layout, dtype)
     channel, is_channel = channel[None, :], is_channel[None, :]
@@ -190,11 +189,12 @@ def store_kernel(key, value, quantized, full, start_loc, seq_lens, num_requests,
         part, at = row + 1 - group_size + t, position + 1 - group_size + t
         pages = block_ids(full, request, at // layout[FULL_PAGE_TOKENS], part < first_row)
         keys = full_key_addresses(full, pages, head, at, layout, dtype)
-        x = _group(value, part, first_row, head, keys + head_dim, channel, is_channel)
-        if layout[FULL_PRECISION]:
-            offset = t * head_dim + channel
-            tl.store((tile + layout[V_CODES]).to(tl.pointer_type(dtype)) + offset, x, mask=is_channel)
+        offset = t * head_dim + channel
+        if layout[K_BITS] == 16:
             x = _group(key, part, first_row, head, keys, channel, is_channel)
             tl.store((tile + layout[K_CODES]).to(tl.pointer_type(dtype)) + offset, x, mask=is_channel)
+        x = _group(value, part, first_row, head, keys + head_dim, channel, is_channel)
+        if layout[V_BITS] == 16:
+            tl.store((tile + layout[V_CODES]).to(tl.pointer_type(dtype)) + offset, x, mask=is_channel)
         else:
             _store_values(x, first, tile, layout, dtype)

@@ -7,7 +7,6 @@ import triton.language as tl
 
 from vllm_kivi.triton_ops.layout import (
     BOOSTED_CHANNELS,
-    FULL_PRECISION,
     GROUP_SIZE,
     HEAD_DIM,
     K_BITS,
@@ -37,7 +36,7 @@ def read_keys(tile, first, layout: tl.constexpr, dtype: tl.constexpr):
     channel = tl.arange(0, width)[:, None]
     token = first + tl.arange(0, TOKENS)[None, :]
     is_channel = channel < head_dim
-    if layout[FULL_PRECISION]:
+    if bits == 16:
         keys = (tile + layout[K_CODES]).to(tl.pointer_type(dtype))
         return tl.load(keys + token * head_dim + channel, mask=is_channel, other=0.0)
     word = tl.arange(0, width // per_word)[:, None]
@@ -72,7 +71,7 @@ def _read_low_bits(tile, first, boosted, layout: tl.constexpr):
 def read_values(tile, first, first_live, layout: tl.constexpr, dtype: tl.constexpr, result: tl.constexpr):
     """Values of a tile's tokens from `first` on: [TOKENS, WIDTH], 0 before `first_live`; with `rotate_values`, rotated.
 
-    They are rounded to `result`, or as they are, in the model's dtype, with `full_precision`.
+    They are rounded to `result`, or as they are, in the model's dtype, with 16 bits.
     """
     bits: tl.constexpr = layout[V_BITS]
     head_dim: tl.constexpr = layout[HEAD_DIM]
@@ -83,7 +82,7 @@ def read_values(tile, first, first_live, layout: tl.constexpr, dtype: tl.constex
     groups: tl.constexpr = width // group_size if width > group_size else 1
     token = first + tl.arange(0, TOKENS)[:, None]
     is_live = token >= first_live
-    if layout[FULL_PRECISION]:
+    if bits == 16:
         channel = tl.arange(0, width)[None, :]
         values = (tile + layout[V_CODES]).to(tl.pointer_type(dtype)) + token * head_dim + channel
         return tl.load(values, mask=is_live & (channel < head_dim), other=0.0)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from processes import environment
 from test_models import FAMILIES, save
 
@@ -79,7 +80,16 @@ def test_a_chat_goes_on_from_its_cache_and_from_a_file(tmp_path, run_here, capsy
     about.write_text("The lighthouse keeper is called Bartholomew. He has a dog.\n" + TEXT.read_text()[:1500])
     arguments = ["transformers_streaming.py", SMOLLM2, "--about", about, "--cache", cache, "--max-new-tokens", 20]
     said = "What is the name of the lighthouse keeper?\nWhat is the capital of France?\n"
-    first, again = run(*arguments, said=said), run_here(*arguments, said=said)
+    first, computed = run(*arguments, said=said), 0
+
+    def count(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        nonlocal computed
+        if isinstance(module, torch.nn.Embedding):
+            computed += inputs[0].numel()
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(count)
+    again = run_here(*arguments, said=said)
+    hook.remove()
     number = re.match(r"([\d,]+) tokens saved to ", first)[1]
     assert again.startswith(f"{number} tokens loaded from {cache}\n")
     # What was loaded is what was computed, and the same is said.
@@ -87,8 +97,8 @@ def test_a_chat_goes_on_from_its_cache_and_from_a_file(tmp_path, run_here, capsy
     answers = first.splitlines()[1:3]
     assert "Bartholomew" in answers[0] and "Paris" in answers[1]
     quantized, full, compression = total(first)
-    # All is in one cache: the text, both questions, both answers.
-    assert quantized + full > 30 * (int(number) + 40)
+    # All is in one cache, the text, both questions and both answers, and each of their tokens was computed once.
+    assert quantized + full == 30 * (int(number) + computed)
     assert quantized > full and compression > 1.5
     about.write_text("Something else.")
     with pytest.raises(SystemExit):

@@ -108,7 +108,7 @@ struct Decoder {
     const int page = params.full_page_tokens.divide(token), index = page - window_page;
     int block = __shfl_sync(~0u, window_block, index % 32);
     // With the full_precision bypass, tiles hold tokens as they are.
-    if (layout.full_precision() && token >= request.num_sinks && token < request.shared_boundary) {
+    if (layout.is_bypass() && token >= request.num_sinks && token < request.shared_boundary) {
       const int tile = token >> params.log_group_size, page = params.page_tiles.divide(tile);
       const int block = block_of(attention.quantized, place.segment.request, page);
       source = page_of(attention.quantized, block, place.head) +
@@ -389,7 +389,7 @@ struct Decoder {
   __device__ bool visible(int token, int column, bool from_tile, bool sink) const {
     const int position = place.request.num_tokens - place.request.num_rows + (state().rows >> 16 * column & 0xFFFF);
     if (sink) return token <= position;
-    if (layout.full_precision()) return token <= position;
+    if (layout.is_bypass()) return token <= position;
     const int limit = boundary(layout, position + 1);
     return from_tile ? token >= layout.sink_tokens && token < limit : token >= limit && token <= position;
   }

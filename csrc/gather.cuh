@@ -229,7 +229,7 @@ __global__ void __launch_bounds__(kGatherThreads)
     for (int p = first + warp; p < end; p += kWarps) {
       const char *key, *value;
       if (low <= p && p < high) {
-        if (!layout.full_precision()) continue;
+        if (!layout.is_bypass()) continue;
         key = tile + layout.k_codes_offset + (p - group_start) * row_bytes;
         value = tile + layout.v_codes_offset + (p - group_start) * row_bytes;
       } else {
@@ -241,7 +241,7 @@ __global__ void __launch_bounds__(kGatherThreads)
       copy_row<T>(row_of<T>(params.key, row, head), key, head_dim, aligned, lane);
       copy_row<T>(row_of<T>(params.value, row, head), value, head_dim, aligned, lane);
     }
-    if (low >= high || layout.full_precision()) continue;
+    if (low >= high || layout.is_bypass()) continue;
     if constexpr (BOOST) {
       __syncthreads();  // nobody reads that of the segment before
       if (warp == 0) count_boosted<T>(layout, tile, lane, boosted_before);

@@ -35,8 +35,10 @@ struct Layout {
   KIVI_LAYOUT_FIELDS(FIELD)
 #undef FIELD
 
-  // Nothing is quantized: 16 bits are no codes but the elements. Kernels for CUDA know 16 bits as this alone.
+  // 16 bits are no codes but the elements. Nothing is quantized:
   constexpr bool full_precision() const { return k_bits == 16 && v_bits == 16; }
+  // The same for kernels of CUDA, which serve no mixture with 16 bits, in one comparison.
+  constexpr bool is_bypass() const { return k_bits == 16; }
 };
 
 enum class Dtype { kFloat32, kBFloat16, kFloat16 };

@@ -257,7 +257,7 @@ __global__ void __launch_bounds__(kStoreThreads, sizeof(T) == 4 ? 2 : 4)
     char* tile = find_group<T>(params, token, i, first_row + i, head, keys, values);
     if (tile == nullptr) continue;
 
-    if (layout.full_precision()) {
+    if (layout.is_bypass()) {
       for (int t = warp; t < group_size; t += kWarps) {
         copy_row<T>(tile + layout.k_codes_offset + t * row_bytes, keys[t], head_dim, aligned, lane);
         copy_row<T>(tile + layout.v_codes_offset + t * row_bytes, values[t], head_dim, aligned, lane);

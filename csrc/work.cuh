@@ -90,10 +90,10 @@ struct Request {
     const int last = boundary(layout, num_tokens), first = boundary(layout, num_tokens - max(num_rows - 1, 0));
     num_sinks = min(layout.sink_tokens, num_tokens);
     num_sink_units = unsigned(num_sinks + kRunTokens - 1) / kRunTokens;
-    window = max(layout.full_precision() ? 0 : first, num_sinks);
+    window = max(layout.is_bypass() ? 0 : first, num_sinks);
     shared_boundary = first;
     first_tile = num_sinks >> params.log_group_size;
-    num_tiles = layout.full_precision() ? 0 : max((last >> params.log_group_size) - first_tile, 0);
+    num_tiles = layout.is_bypass() ? 0 : max((last >> params.log_group_size) - first_tile, 0);
     num_tile_units = (num_tiles + (1 << params.log_unit_tiles) - 1) >> params.log_unit_tiles;
     num_units = num_tile_units + num_sink_units + unsigned(num_tokens - window + kRunTokens - 1) / kRunTokens;
     num_items = layout.num_kv_heads * (unsigned(num_rows * params.ratio.value + kColumns - 1) / kColumns);

@@ -159,6 +159,22 @@ def test_logits_are_the_oracles(family, stream):
     assert_equal_but_for_codes(compare)
 
 
+@pytest.mark.parametrize("bits", [{"k_bits": 16}, {"v_bits": 16}, {"k_bits": 8}, {"k_bits": 4, "v_bits": 8}], ids=str)
+def test_any_bits(llama, bits):
+    """In chunks and token by token, with what the preset says of the other one."""
+
+    def make_format(head_dim: int, num_kv_heads: int) -> KVFormat:
+        return KiviOptions().format("kivi2", head_dim, num_kv_heads, "float32", **bits)
+
+    def compare(seed: int) -> tuple[Tensor, Tensor]:
+        said, cache = ids(LENGTH, seed), KiviCache(llama.config, **bits)
+        actual = run(llama, cache, said, chunks(290, 120, LENGTH - 290))
+        assert all(f"{name}={value}" in str(cache.info()) for name, value in bits.items())
+        return actual, expected(llama, said, 290, 120, make_format)
+
+    assert_equal_but_for_codes(compare)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_greedy_tokens_of_short_sequences_are_dynamic_caches(path, dtype):
     """Up to residual_length tokens nothing is quantized."""
@@ -401,12 +417,21 @@ def test_info(llama, caplog):
     assert str(info).splitlines()[1].split()[:3] == ["0", "120", "80"]
 
 
-def test_bypass_warns(llama, caplog):
+@pytest.mark.parametrize("options", [{"full_precision": True}, {"k_bits": 16, "v_bits": 16}], ids=str)
+def test_bypass_warns(llama, caplog, options):
+    """It says what DynamicCache says."""
     caplog.set_level(logging.WARNING)
-    cache = KiviCache(llama.config, full_precision=True)
-    run(llama, cache, ids(300), [300])
+    cache = KiviCache(llama.config, **options)
+    assert "this cache will quantize nothing: it keeps keys and values in full precision" in caplog.text
+    actual = run(llama, cache, ids(300), [150] + [1] * 150)
+    assert_close(actual, run(llama, DynamicCache(config=llama.config), ids(300), [150] + [1] * 150))
     assert cache.info().total.quantized_tokens == 0
     assert "nothing in this cache is quantized (600 tokens in 2 layers)" in caplog.text
+
+
+def test_a_cache_too_short_warns(llama, caplog):
+    KiviCache(llama.config, max_cache_len=150)
+    assert "will quantize nothing: max_cache_len=150 is hardly more than residual_length=128" in caplog.text
 
 
 # ------------------------------------------------------------------------------------------------------------- batches
@@ -654,6 +679,7 @@ def test_reset(llama):
         ({"preset": "kivi3"}, "preset='kivi3' is not supported; accepted: kivi2, "),
         ({"bits": 2}, "unknown option 'bits'; accepted: group_size, "),
         ({"group_size": 16}, "group_size=16 is not supported; accepted: 32, 64, 128"),
+        ({"k_bits": 3}, "k_bits=3 is not supported; accepted: 2, 4, 8, 16"),
         ({"boosted_fraction": 4}, "boosted_fraction=4 is not supported with kivi2"),
         ({"max_cache_len": -1}, "max_cache_len=-1 is not supported; accepted: an integer of 0 or more"),
         ({"max_crop": 1.5}, "max_crop=1.5 is not supported"),

@@ -518,6 +518,21 @@ def test_rows_move(llama, how, argument, rows):
     assert_equal_but_for_codes(compare)
 
 
+def test_ragged_rows_move(llama):
+    """Each with its own length."""
+    mask = torch.ones(3, 200, dtype=torch.long, device=DEVICE)
+    mask[0, :90], mask[2, :31] = 0, 0
+    rows, settings = [2, 0, 1], {"full_precision": True, "residual_length": 32}
+    said = ids(200, 3, 3)
+    cache, other = KiviCache(llama.config, **settings), KiviCache(llama.config, **settings)
+    run(llama, cache, said[:, :150], [150], mask[:, :150])
+    cache.reorder_cache(torch.tensor(rows, device=DEVICE))
+    run(llama, other, said[rows, :150], [150], mask[rows, :150])
+    assert [x.pages.seq_lens.tolist() for x in cache.layers] == [[119, 60, 150]] * 2
+    steps = [20] + [1] * 30
+    assert_close(*(run(llama, one, said[rows, 150:], steps, mask[rows]) for one in (cache, other)))
+
+
 def test_beam_search(llama):
     """With the bypass nothing is quantized, so beams are DynamicCache's: only the order of rows can break them."""
     settings = {"num_beams": 3, "max_new_tokens": 40} | GREEDY
@@ -581,6 +596,19 @@ def test_crop_reads_again_what_was_quantized(llama):
         assert torch.equal(now, before[:, :, :160])
 
 
+def test_crop_after_decoding(llama):
+    """What the ring forgot since the last crop comes back: with the bypass it is what DynamicCache says."""
+    caches = KiviCache(llama.config, full_precision=True, **SMALL), DynamicCache(config=llama.config)
+    results = []
+    for cache in caches:
+        run(llama, cache, ids(150, 1), [150])
+        cache.crop(-1)
+        run(llama, cache, ids(120, 2), [1] * 120)
+        cache.crop(-110)
+        results.append(run(llama, cache, ids(30, 3), [1] * 30))
+    assert_close(*results)
+
+
 def test_assisted_decoding(llama):
     """Guesses from the prompt, most of them wrong and cropped."""
     said, settings = ids(30, 9).repeat(1, 5), {"max_new_tokens": 60} | GREEDY
@@ -613,11 +641,12 @@ def test_layers_on_two_gpus(llama, path, max_cache_len):
 # -------------------------------------------------------------------------------------------------------------- copies
 
 
+@pytest.mark.parametrize("max_cache_len", [None, 300])
 @pytest.mark.parametrize("how", ["copy", "file"])
-def test_a_prompt_is_used_again(family, tmp_path, how):
+def test_a_prompt_is_used_again(family, tmp_path, how, max_cache_len):
     """A copy goes on as the original does, and changes nothing in it."""
     family, model = family
-    cache = KiviCache(model.config, family.cache, max_crop=3, **family.options)
+    cache = KiviCache(model.config, family.cache, max_crop=3, max_cache_len=max_cache_len, **family.options)
     run(model, cache, ids(200, 10), [200])
 
     def again() -> KiviCache:
@@ -651,13 +680,14 @@ def test_load_refuses(llama, tmp_path):
         KiviCache.load(path, llama.config)
 
 
-def test_a_prompt_of_inference_mode_goes_on_without(llama):
-    cache, other = (KiviCache(llama.config, max_cache_len=200, **SMALL) for _ in range(2))
+@pytest.mark.parametrize("max_cache_len", [None, 200])
+def test_a_prompt_of_inference_mode_goes_on_without(llama, max_cache_len):
+    cache, other = (KiviCache(llama.config, max_cache_len=max_cache_len, **SMALL) for _ in range(2))
     for one in (cache, other):
         run(llama, one, ids(100), [100])
     with torch.inference_mode(False), torch.no_grad():
-        again = copy.deepcopy(cache)
-        actual = run(llama, again, ids(60, 1), [20] + [1] * 40)
+        cache.reorder_cache(torch.tensor([0], device=DEVICE))
+        actual = run(llama, cache, ids(60, 1), [20] + [1] * 40)
     assert torch.equal(actual, run(llama, other, ids(60, 1), [20] + [1] * 40))
 
 

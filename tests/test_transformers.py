@@ -24,6 +24,7 @@ from vllm_kivi import ops
 from vllm_kivi.format import LAYOUT_FIELDS, KVFormat
 from vllm_kivi.options import KiviOptions
 from vllm_kivi.transformers import KiviCache
+from vllm_kivi.transformers.attention import kivi_mask
 from vllm_kivi.transformers.pages import GROWTH, Pages
 
 LENGTH = 330
@@ -401,6 +402,8 @@ def test_max_cache_len(llama):
         llama.set_attn_implementation(attention)
         with pytest.raises(ValueError, match="201 " + too_many):
             run(llama, KiviCache(llama.config, max_cache_len=200), ids(201), [201])
+    with pytest.raises(ValueError, match="201 " + too_many):  # the other attention asks
+        run(llama, fixed, ids(1), [1])
 
 
 def test_info(llama, caplog):
@@ -725,6 +728,19 @@ def test_refused_models():
         KiviCache(transformers.LlamaConfig(**SIZES | {"head_dim": 48}))
     with pytest.raises(ValueError, match="nothing would be quantized"):
         KiviCache(transformers.MistralConfig(**SIZES | {"sliding_window": 200}))
+
+
+@only_cpu
+def test_compiled_masks_are_checked():
+    """Without looking at them, as on a GPU."""
+    compiled = torch.compile(kivi_mask, backend="eager", fullgraph=True)
+    for row, accepted in (([0, 1, 1, 1], True), ([1, 1, 0, 0], True), ([0, 0, 0, 0], True), ([1, 0, 1, 1], False)):
+        mask = torch.tensor([[True] * 4, [bool(x) for x in row]])
+        if accepted:
+            assert torch.equal(compiled(2, 4, 4, attention_mask=mask), mask[:, None, None])
+        else:
+            with pytest.raises(RuntimeError, match="padding between tokens of a row"):
+                compiled(2, 4, 4, attention_mask=mask)
 
 
 def test_gradients_are_refused(llama):

@@ -37,7 +37,8 @@ def kivi_mask(
         bool [B, 1, q_length, kv_length] or None.
 
     Raises:
-        ValueError: the mask is shorter than the tokens, or has padding between tokens of a row.
+        ValueError: the mask is shorter than the tokens, or has padding between tokens of a row; on a GPU the latter is
+            an assertion there.
     """
     # A tensor: a KiviCache that can be compiled says so where its tokens end. Another cache's keys begin at 0.
     same_offset = isinstance(kv_offset, Tensor) or (not isinstance(q_offset, Tensor) and kv_offset == q_offset)
@@ -64,20 +65,23 @@ def kivi_mask(
                 f"{kv_offset + kv_length} tokens; pass the mask of all tokens"
             )
         real = attention_mask[:, kv_offset : kv_offset + kv_length]
-    # On a GPU this would wait for it.
-    if attention_mask.device.type == "cpu" and not torch.compiler.is_compiling():
-        if real.all():
-            return None
-        _check_padding(real)
+    known = attention_mask.device.type == "cpu" and not torch.compiler.is_compiling()  # a GPU would be waited for
+    if known and real.all():
+        return None
+    if q_length > 1:
+        message = "kivi: attention_mask has padding between tokens of a row; pad at the left or at the right"
+        contiguous = _is_contiguous(real)
+        if not known:
+            torch._assert_async(contiguous, message)
+        elif not contiguous:
+            raise ValueError(message)
     return real[:, None, None]
 
 
-def _check_padding(real: Tensor) -> None:
-    """Refuse padding between tokens: real bool [B, q]."""
-    q = real.shape[1]
-    first, last = real.int().argmax(1), q - 1 - real.flip(1).int().argmax(1)
-    if ((last - first + 1 != real.sum(1)) & real.any(1)).any():
-        raise ValueError("kivi: attention_mask has padding between tokens of a row; pad at the left or at the right")
+def _is_contiguous(real: Tensor) -> Tensor:
+    """Whether the tokens of each row follow each other: real bool [B, q] -> bool []."""
+    begins = (real[:, 1:] & ~real[:, :-1]).sum(1) + real[:, 0]
+    return (begins <= 1).all()
 
 
 def kivi_attention(

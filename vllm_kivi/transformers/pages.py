@@ -142,7 +142,7 @@ class Pages:
         self.starts = torch.arange(batch_size + 1, dtype=torch.int32, device=self.device)  # of steps of one token
         if len(self.lengths) != batch_size + 1:
             self.lengths = self.lengths[-1:].repeat(batch_size + 1)
-        if self.max_tokens and not torch.compiler.is_compiling():
+        if self.max_tokens:
             for x in (self.memory, self.quantized_table, self.full_table, self.starts, self.lengths):
                 torch._dynamo.mark_static_address(x)
 
@@ -334,8 +334,8 @@ class Pages:
             Keys and values [B, H, tokens, D].
         """
         num_new = key.shape[2]
-        self._reserve(num_new)
         self._count = self.num_positions
+        self._reserve(num_new)
         parts, index = self._parts(num_new, None)
         keys, values = (x.transpose(1, 2).flatten(0, 1) for x in (key, value))
         if num_new == 1:

@@ -459,6 +459,7 @@ def main() -> None:
     samples = run_all(args)
     rows = rows_of(args, samples)
     requests = f"{args.batch_size} request{'s' * (args.batch_size > 1)}"
+    compiled = ", compiled" if COMPILED & set(args.cache) else ""
     threads = f", {args.threads} thread{'s' * (args.threads > 1)}" if args.device == "cpu" else ""
     about = (
         f"{shapes}; {requests}{threads}, medians of two rounds of {args.steps} steps at most. {versions()}. Made by "
@@ -470,8 +471,9 @@ def main() -> None:
         ("Speed", SPEED, "decode", "decode tokens/s"),
         ("Memory", MEMORY, "cache_mib", "cache, MiB"),
     ):
-        title = f"{what} of caches in transformers, {name}, {requests}{threads}"
-        section = Section(title, about, columns, plot | {"y_label": label, "series": {"": series}})
+        title = f"{what} of caches in transformers, {name}, {requests}{threads}{compiled}"
+        lines = plot | {"y_label": label, "series": {"": series}} if len(args.context) > 1 else None
+        section = Section(title, about, columns, lines)
         for row in rows:
             section.add(row)
         for note in notes_of(args, samples, load_before):

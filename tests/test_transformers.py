@@ -8,6 +8,8 @@ from __future__ import annotations
 import copy
 import gc
 import logging
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -741,6 +743,48 @@ def test_compiled_masks_are_checked():
         else:
             with pytest.raises(RuntimeError, match="padding between tokens of a row"):
                 compiled(2, 4, 4, attention_mask=mask)
+
+
+ON_THE_DEVICE = """
+import torch, transformers
+from vllm_kivi.transformers import KiviCache
+
+config = transformers.LlamaConfig(**{sizes})
+with torch.device("{device}"):
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="kivi")
+    ids = torch.randint(2, 90, (3, 8))
+    mask = torch.tensor([[1] * 8, [0] + [1] * 7, [1] * 8])
+cache = KiviCache(model.config, max_cache_len=8)
+with torch.no_grad():
+    model(ids[:, :4], attention_mask=mask[:, :4], past_key_values=cache)
+    model(ids[:, 4:7], attention_mask=mask[:, :7], past_key_values=cache)
+    model(ids[:, 7:], attention_mask=mask, past_key_values=cache)
+    print(cache.get_seq_length().item(), flush=True)
+    if "{fault}" == "padding":
+        cache.reset()
+        mask[0, 1] = 0
+        model(ids, attention_mask=mask, past_key_values=cache)
+    else:
+        model(ids[:, :1], past_key_values=cache)
+print(cache.get_seq_length().item())
+"""
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("padding", "padding between tokens of a row"),
+        ("overflow", "the tokens do not fit a cache of max_cache_len=8"),
+    ],
+)
+def test_what_only_a_gpu_knows_ends_there(fault, message):
+    """In a process of its own, which loses the GPU by it."""
+    code = ON_THE_DEVICE.format(device=DEVICE, fault=fault, sizes=SIZES)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert done.stdout == "8\n"
+    assert message in done.stderr
 
 
 def test_gradients_are_refused(llama):

@@ -24,7 +24,7 @@ GEMMA3 := models/gemma3
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CXX_SOURCES := $(shell find csrc tests/emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-REQUIREMENTS := gguf hypothesis matplotlib ninja pytest pytest-xdist 'setuptools>=77' tqdm
+REQUIREMENTS := gguf hypothesis matplotlib ninja pytest pytest-xdist ray 'setuptools>=77' tqdm
 ifeq ($(DEVICE),cuda)
 REQUIREMENTS += vllm==$(VLLM_VERSION)
 else

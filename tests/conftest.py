@@ -191,6 +191,7 @@ LONGEST = tuple(
         "engine_processes",
         "models",
         "server",
+        "ray",
         "engine",
         "cli",
         "decoding",

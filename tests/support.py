@@ -49,6 +49,7 @@ FAMILY = "test_models.py::test_family"
 REFUSED = "test_models.py::test_refused"
 OTHERS_REFUSED = "test_kv_movement.py::test_other_connectors_are_refused"
 ENGINE_CHECK, SOAK = "tests/gpu/engine_check.py", "tests/soak/soak.py"
+PARALLEL_CHECK = "tests/gpu/parallel_check.py"
 BOTH = ("0.32", "0.33")
 IN_TRANSFORMERS = Gpu(("transformers 5.17",), ("tests/test_transformers.py",))
 
@@ -184,7 +185,8 @@ ROWS = {
         Row(
             "Tensor parallel 2",
             ("test_engine_processes.py::test_tensor_parallelism_and_a_worker_that_dies",),
-            note="two H200: [speed](benchmarks/results/nvidia-h200.md); answers not compared yet",
+            Gpu(("0.32",), (PARALLEL_CHECK,)),
+            note="two H200: [speed](benchmarks/results/nvidia-h200.md)",
         ),
         Row(
             "Pipeline parallel 2",
@@ -196,7 +198,12 @@ ROWS = {
             ("test_server.py::test_data_parallel_engines_answer_as_one_does",),
             note="two GPUs: not tried",
         ),
-        Row("Ray", note="vLLM has it on GPUs only; `tests/gpu/parallel_check.py` has not run to its end"),
+        Row(
+            "Ray: tensor parallel 2 on one node, on two",
+            cases("test_ray.py::test_ray_equals_multiprocessing", "one node", "two nodes"),
+            Gpu(("0.32",), (PARALLEL_CHECK,)),
+            note="two H200; vLLM has Ray on GPUs only, the tests add it to its CPU platform",
+        ),
         Row(
             "Context parallelism",
             ("test_compat.py::test_context_parallelism_is_refused",),

@@ -5,8 +5,8 @@ of it fails.
 
 The random Llama, the requests and the distances of engine_check.py. Each run is an engine in a process of its own, so
 that one that crashes or hangs costs only the checks that need it; its answers and its log go to FOLDER. With --only the
-answers of other runs are taken from there, if an earlier call left them. The machine plays Ray's nodes as well: each is
-a `ray start` with a loopback address and GPUs of its own. Those runs need Ray (pip install ray).
+answers of other runs are taken from there, if an earlier call left them. The machine plays Ray's nodes as well; those
+runs need Ray (pip install ray).
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,12 +30,12 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.par
 # batch, and no two runs would agree to the last bit.
 from engine_check import ENGINE, LONG, MODEL, SHORT, answers, capacity, distance, forced, logprob_differences  # noqa: E402
 from engines import engine, save_tiny_llama, tokens  # noqa: E402
-from processes import environment, terminate, until  # noqa: E402
+from processes import environment, terminate  # noqa: E402
+from ray_cluster import ray_cluster  # noqa: E402
 from results import Results  # noqa: E402
 
 TP2 = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 RAY = TP2 | {"distributed_executor_backend": "ray"}
-LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 # vLLM sets it in Ray's workers and makes it part of the key of its compile cache. Set for all runs, they share their
 # compiled code; the compiler chooses by timing, so that another compilation may round otherwise.
 COMPILED_ONCE = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
@@ -92,52 +91,13 @@ def measure(run: Run, model: Path, out: Path) -> None:
         out.write_bytes(pickle.dumps(found))
 
 
-@contextmanager
-def ray_node(gpus: str, address: str, options: list[str], log: Path) -> Iterator[None]:
-    """One node with these GPUs at this address of the machine, up when entered."""
-    # Ray would start a process for each CPU in advance, and take a third of the memory for objects.
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=2"]
-    command += [f"--num-gpus={gpus.count(',') + 1}", f"--object-store-memory={1 << 28}", "--disable-usage-stats"]
-    env = environment(CUDA_VISIBLE_DEVICES=gpus, VLLM_HOST_IP=address, PYTHONUNBUFFERED="1", **LOOPBACK)
-    with log.open("w") as stream:
-        command += [f"--node-ip-address={address}", *options]
-        node = subprocess.Popen(command, env=env, stdout=stream, stderr=subprocess.STDOUT)
-
-    def started() -> bool:
-        assert node.poll() is None, log.read_text()[-3000:]
-        return "Ray runtime started" in log.read_text()
-
-    try:
-        until(started, f"Ray's node {address}")
-        yield
-    finally:
-        terminate(node)
-
-
-@contextmanager
-def ray_cluster(nodes: tuple[str, ...], folder: Path) -> Iterator[dict[str, str]]:
-    """Nodes with these GPUs; what an engine on the first one needs in its environment."""
-    from vllm.utils.network_utils import get_open_port
-
-    # Every machine has as many loopback addresses as it likes. Ray takes 127.0.0.1 for "look for a better one".
-    addresses = [f"127.0.0.{2 + index}" for index in range(len(nodes))]
-    port = get_open_port()
-    head = f"{addresses[0]}:{port}"
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as sockets, ExitStack() as stack:
-        options = ["--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={sockets}"]
-        for gpus, address in zip(nodes, addresses, strict=True):
-            stack.enter_context(ray_node(gpus, address, options, folder / f"node-{address}.log"))
-            options = [f"--address={head}"]
-        yield {"RAY_ADDRESS": head, "VLLM_HOST_IP": addresses[0], **LOOPBACK}
-
-
 def attempt(name: str, model: Path, folder: Path, seconds: float) -> str:
     """Run one engine; returns why it left no answers, if so."""
     out, log = folder / f"{name}.pickle", folder / f"{name}.log"
     out.unlink(missing_ok=True)
     with ExitStack() as stack:
         nodes = RUNS[name].nodes
-        changes = stack.enter_context(ray_cluster(nodes, folder)) if nodes else {}
+        changes = stack.enter_context(ray_cluster(nodes, folder)).environment if nodes else {}
         command = [sys.executable, __file__, "--measure", name, str(model), str(out)]
         with log.open("w") as stream:
             env = environment(**COMPILED_ONCE, **changes)

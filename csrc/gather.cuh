@@ -25,12 +25,15 @@ namespace kivi::cuda {
 constexpr int kGatherRows = 32;
 constexpr int kGatherThreads = 128;
 
-// Eight elements. `aligned`: otherwise rows may begin anywhere.
+// Eight elements; the largest code may lie a rounding beyond the largest number. `aligned`: otherwise rows may begin
+// anywhere.
 template <class T>
 __device__ inline void write_eight(char* to, const float (&x)[8], bool aligned) {
   alignas(16) Pair<T> pairs[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) pairs[i] = Number<T>::pair(x[2 * i], x[2 * i + 1]);
+  for (int i = 0; i < 4; ++i) {
+    pairs[i] = smaller(larger(Number<T>::pair(x[2 * i], x[2 * i + 1]), lowest<T>()), largest<T>());
+  }
   if (aligned) {
 #pragma unroll
     for (int i = 0; i < int(sizeof pairs / sizeof(uint4)); ++i) {

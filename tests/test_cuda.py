@@ -13,7 +13,14 @@ from collections.abc import Sequence
 import pytest
 import torch
 from conftest import POISON, Pool, check_op, filled_pool, int32, op_arguments, starts, tokens
-from test_gather import assert_gathered, assert_rounded, random_gather, rows_of
+from test_gather import (
+    assert_gathered,
+    assert_largest_is_finite,
+    assert_rounded,
+    pool_of_all_numbers,
+    random_gather,
+    rows_of,
+)
 from test_store import make_hostile, random_case
 from torch import Tensor
 
@@ -241,6 +248,15 @@ def test_gather_equals_the_reference(seed: int) -> None:
         key, value = memory[..., : pool.fmt.head_dim]
         ops.gather(key, value, *pool.to(DEVICE).pages(), *on_device(*batch), pool.fmt.layout())
         assert_gathered(pool, memory, *asked)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_gather_of_codes_beyond_the_largest_number(dtype: str) -> None:
+    pool = pool_of_all_numbers(dtype)
+    memory = rows_of(pool, 32, 0, DEVICE)
+    operands = *pool.to(DEVICE).pages(), *on_device(starts([32]), int32([0]), int32([32])), pool.fmt.layout()
+    ops.gather(*memory[..., : pool.fmt.head_dim], *operands)
+    assert_largest_is_finite(memory)
 
 
 def test_gather_in_a_cuda_graph() -> None:

@@ -54,6 +54,7 @@ CHOSEN: list[Case] = [
     (cuda.test_store_in_a_cuda_graph, {"preset": "kivi2_boost", "option": "rotate_values"}),
     *((cuda.test_gather_equals_the_reference, {"seed": seed}) for seed in (2, 5)),
     (cuda.test_gather_in_a_cuda_graph, {}),
+    *((cuda.test_gather_of_codes_beyond_the_largest_number, {"dtype": dtype}) for dtype in ("float16", "bfloat16")),
     shape("kivi2", 64, "bfloat16", 64),
     shape("kivi2", 128, "float16", 32),
     shape("kivi2", 256, "bfloat16", 128),

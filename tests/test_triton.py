@@ -325,6 +325,11 @@ def test_gather(fmt: KVFormat) -> None:
     assert_gathered(pool, memory, counts, first, boundary)
 
 
+@needs_kernels
+def test_gather_of_codes_beyond_the_largest_number() -> None:
+    test_cuda.test_gather_of_codes_beyond_the_largest_number("float16")
+
+
 # --------------------------------------------------------------------------------------------------------- on GPUs only
 
 

@@ -686,12 +686,18 @@ def test_load_refuses(llama, tmp_path):
 
 
 @pytest.mark.parametrize("max_cache_len", [None, 200])
-def test_a_prompt_of_inference_mode_goes_on_without(llama, max_cache_len):
+@pytest.mark.parametrize("how", ["as it is", "copied", "cropped", "reordered"])
+def test_a_prompt_of_inference_mode_goes_on_without(llama, max_cache_len, how):
     cache, other = (KiviCache(llama.config, max_cache_len=max_cache_len, **SMALL) for _ in range(2))
     for one in (cache, other):
         run(llama, one, ids(100), [100])
+        if how == "cropped":
+            one.crop(70)
+    if how == "copied":
+        cache = copy.deepcopy(cache)
     with torch.inference_mode(False), torch.no_grad():
-        cache.reorder_cache(torch.tensor([0], device=DEVICE))
+        if how == "reordered":
+            cache.reorder_cache(torch.tensor([0], device=DEVICE))
         actual = run(llama, cache, ids(60, 1), [20] + [1] * 40)
     assert torch.equal(actual, run(llama, other, ids(60, 1), [20] + [1] * 40))
 

@@ -346,6 +346,7 @@ class KiviCache(Cache):
         super().__init__(layers=layers)
         self.settings = {"preset": preset, "max_cache_len": max_cache_len, "max_crop": max_crop} | bits | options
 
+    @torch.inference_mode(False)  # steps may go on without
     def __deepcopy__(self, memo: dict[int, Any]) -> KiviCache:
         """A copy for the same model: it still sees which attention that uses."""
         for layer in self.layers:

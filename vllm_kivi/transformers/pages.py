@@ -400,7 +400,16 @@ class Pages:
                 torch.index_select(pages, 0, rows, out=new)
         self.lengths[:-1] = seq_lens
         if self.longest is not None:
-            self.longest = self.longest[rows]
+            self._remember(self.longest[rows])
+
+    @torch.inference_mode(False)
+    def _remember(self, longest: Tensor) -> None:
+        """What steps write to from now on, as in `_allocate`."""
+        if self.longest is None or self.longest.shape != longest.shape:
+            self.longest = torch.empty_like(longest)
+            if self.max_tokens:
+                torch._dynamo.mark_static_address(self.longest)
+        self.longest.copy_(longest)
 
     def crop(self, count: int) -> None:
         """Forget the last `count` tokens of every row; waits for the device.
@@ -409,7 +418,8 @@ class Pages:
         as these hold them; none does where `count` is at most max_crop.
         """
         if self.longest is None:
-            self.longest = self.seq_lens.clone()
+            self._remember(self.seq_lens)
+        assert self.longest is not None
         lengths = (self.lengths - count).clamp(min=0)
         if (self._boundary(lengths[:-1]) < self._ring_start(self.longest)).any():
             self._restore(lengths[:-1])
@@ -436,7 +446,7 @@ class Pages:
         ring[:, : self.sink_pages] = 0
         tables = torch.zeros_like(self.quantized_table), ring
         ops.store(keys, values, self.quantized, self.full, *self._request(parts, 1, *tables), self.layout)
-        self.longest = seq_lens.clone()
+        self._remember(seq_lens)
 
     def reset(self) -> None:
         """Forget all tokens and keep the memory."""
@@ -462,5 +472,7 @@ class Pages:
         pages._allocate(state["batch_size"], state["row_pages"])
         for name in ("memory", "lengths"):
             getattr(pages, name).copy_(state[name])
-        pages.longest, pages._count = state["longest"], int(pages.lengths[-1])
+        if state["longest"] is not None:
+            pages._remember(state["longest"])
+        pages._count = int(pages.lengths[-1])
         return pages

@@ -41,6 +41,7 @@ def start(path, config, **settings):
         ({"group_size": 48}, ["group_size=48", "32, 64, 128"]),
         ({"group_size": "32"}, ["group_size='32'", "integer"]),
         ({"residual_length": -1}, ["residual_length=-1", "0 or more"]),
+        ({"residual_length": 10**12}, ["residual_length=1000000000000", "0 to 2147483647"]),
         ({"sink_tokens": 1.5}, ["sink_tokens=1.5", "0 or more"]),
         ({"full_precision": "yes"}, ["full_precision='yes'", "true, false"]),
         ({"scale_search": 1}, ["scale_search=1", "true, false"]),

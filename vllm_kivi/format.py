@@ -63,6 +63,9 @@ DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 # Tokens between prefix hits; n gives way where it would be more. At G = 32, n is what fits, and 96 tokens are usual.
 MAX_HIT_STEP = 384
 
+# Kernels count tokens in 32 bits, and cut off what is more.
+MAX_TOKENS = (1 << 31) - 1
+
 # kv_cache_dtype -> (k_bits, v_bits)
 PRESETS = {
     "kivi2": (2, 2),
@@ -220,8 +223,8 @@ class KVFormat:
         if self.padded_page_bytes < self.page_bytes:
             raise ValueError(f"kivi: a page of {self.padded_page_bytes} bytes cannot hold {self.page_bytes} bytes")
         for name in ("residual_length", "sink_tokens"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"kivi: {name}={getattr(self, name)} must be 0 or more")
+            if not 0 <= getattr(self, name) <= MAX_TOKENS:
+                raise ValueError(f"kivi: {name}={getattr(self, name)} must be 0 to {MAX_TOKENS}")
 
     def _choose_bits(self) -> None:
         for name, own in zip(("k_bits", "v_bits"), PRESETS[self.preset], strict=True):

@@ -432,6 +432,11 @@ def test_weights_are_those_of_the_files(model):
         (TINY | {"layer_types": ["full_attention", "chunked_attention"], "model_type": "llama4_text"}, [], "chunked"),
         (TINY | {"model_type": "gpt_oss", "head_dim": 64}, [], "learned attention sinks"),
         (TINY | {"model_type": "unheard_of"}, [], "transformers cannot read it"),
+        (TINY | {"num_attention_heads": 3, "head_dim": None}, [], "cannot read it: .*multiple of .* heads"),
+        (TINY | {"num_hidden_layers": "2"}, [], "cannot read it: .*num_hidden_layers"),
+        (TINY | {"dtype": "float8"}, [], "cannot read it: .*float8"),
+        ({"model_type": "resnet"}, [], "resnet: num_hidden_layers is None"),
+        ({"model_type": "rwkv"}, [], "rwkv: num_attention_heads is None"),
         ({"model_type": "mamba2"}, [], "no attention layers"),
     ],
 )

@@ -60,8 +60,21 @@ def read_config(model: str) -> tuple[Any, Path]:
         path = Path(found)
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True), path.parent
-    except (OSError, ValueError, KeyError) as error:
-        raise EvalError(f"{path}: transformers cannot read it: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # whatever a wrong value leads to: transformers has no error for it
+        reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
+        raise EvalError(f"{path}: transformers cannot read it: {reason}") from None
+
+
+def _number(config: Any, name: str) -> int:
+    """A number that every language model with attention has.
+
+    Raises:
+        EvalError: this one has not.
+    """
+    value = getattr(config.get_text_config(), name, None)
+    if not isinstance(value, int) or value < 1:
+        raise EvalError(f"{config.model_type}: {name} is {value}, so there is no KV cache of a language model to plan")
+    return value
 
 
 def _num_kv_heads(text: Any) -> int:
@@ -100,7 +113,7 @@ def read_shapes(config: Any, dtype: str) -> Shapes:
     dtype = {"half": "float16", "float": "float32"}.get(dtype, dtype)
     if dtype not in DTYPE_BYTES:
         raise EvalError(f"--dtype {dtype} is not supported; accepted: auto, {', '.join(DTYPE_BYTES)}")
-    num_layers = text.num_hidden_layers
+    num_layers = _number(config, "num_hidden_layers")
     window = getattr(text, "sliding_window", None) or None
     types = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None)
     if not types:
@@ -114,10 +127,11 @@ def read_shapes(config: Any, dtype: str) -> Shapes:
     full = tuple(i for i, kind in enumerate(types) if kind in FULL | SLIDING and i not in sliding)
     if not full and not sliding:
         raise EvalError(f"{config.model_type}: no attention layers, so there is no KV cache to quantize")
+    num_heads = _number(config, "num_attention_heads")
     head_dim = getattr(text, "attention_head_dim", None) or getattr(text, "head_dim", None)
     return Shapes(
         dtype=dtype,
-        head_dim=head_dim or text.hidden_size // text.num_attention_heads,
+        head_dim=head_dim or _number(config, "hidden_size") // num_heads,
         num_kv_heads=_num_kv_heads(text),
         num_layers=num_layers,
         full=full,

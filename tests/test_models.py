@@ -226,3 +226,12 @@ def test_no_layer_quantized(tmp_path):
     path = save(tmp_path, "LlamaConfig", {})
     with pytest.raises(ValueError, match="quantizes no layer"), engine(path, kv_cache_dtype_skip_layers=["0", "1"]):
         pass
+
+
+def test_layers_that_get_no_cache_dtype(tmp_path):
+    """vLLM makes Falcon's attention layers without one."""
+    sizes = {name: SIZES[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}
+    falcon = sizes | {"architectures": ["FalconForCausalLM"], "model_type": "falcon", "alibi": False}
+    (tmp_path / "config.json").write_text(json.dumps(falcon))
+    with pytest.raises(ValueError, match="get no cache dtype"), engine(tmp_path, load_format="dummy"):
+        pass

@@ -169,7 +169,7 @@ def test_head_dim_may_be_absent_or_stated(model):
     ],
 )
 def test_kv_heads_under_other_names(model, config, heads):
-    assert run(model(config), "kivi2")["shapes"]["num_kv_heads"] == heads
+    assert run(model(config), "fp8")["shapes"]["num_kv_heads"] == heads
 
 
 @pytest.mark.parametrize(
@@ -432,6 +432,7 @@ def test_weights_are_those_of_the_files(model):
         (TINY, ["--tensor-parallel-size", "3"], "does not divide 4 attention heads"),
         (TINY | {"layer_types": ["full_attention", "chunked_attention"], "model_type": "llama4_text"}, [], "chunked"),
         (TINY | {"model_type": "gpt_oss", "head_dim": 64}, [], "learned attention sinks"),
+        ({"model_type": "falcon"}, [], "get no cache dtype"),
         (TINY | {"model_type": "unheard_of"}, [], "transformers cannot read it"),
         (TINY | {"num_attention_heads": 3, "head_dim": None}, [], "cannot read it: .*multiple of .* heads"),
         (TINY | {"num_hidden_layers": "2"}, [], "cannot read it: .*num_hidden_layers"),

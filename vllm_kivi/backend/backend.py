@@ -142,7 +142,8 @@ def finish_pages(vllm_config: VllmConfig) -> None:
         if vllm_config.parallel_config.pipeline_parallel_size == 1:
             raise ValueError(
                 f"kivi: --kv-cache-dtype {cache_config.cache_dtype} quantizes no layer of this model: all have sliding "
-                "windows or are in --kv-cache-dtype-skip-layers; use auto or fp8"
+                "windows, are in --kv-cache-dtype-skip-layers, or get no cache dtype from vLLM (Falcon); use "
+                "auto or fp8"
             )
     elif _mamba_state_bytes(vllm_config):
         fmt = formats[0]

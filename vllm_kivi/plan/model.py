@@ -17,7 +17,8 @@ NO_TOKENS = {"linear_attention", "mamba", "mamba2", "conv", "recurrent", "moe", 
 
 # Model types that the engine refuses when it builds their layers, for what their config.json does not say.
 _NOT_CAUSAL = dict.fromkeys(("bagel", "gemma3", "molmo2", "moondream3", "paligemma"), "non-causal attention of images")
-REFUSED = {"gpt_oss": "learned attention sinks", "bloom": "ALiBi"} | _NOT_CAUSAL
+_NO_DTYPE = "Falcon, whose attention layers get no cache dtype from vLLM"
+REFUSED = {"gpt_oss": "learned attention sinks", "bloom": "ALiBi", "falcon": _NO_DTYPE} | _NOT_CAUSAL
 
 
 @dataclass(frozen=True)

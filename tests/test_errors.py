@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -128,6 +129,18 @@ def test_encoder_decoder_model(tmp_path):
     config.architectures = ["WhisperForConditionalGeneration"]
     with pytest.raises(ValueError, match="encoder-decoder"):
         start(tmp_path, config.to_dict())
+
+
+def test_encoder_only_layers():
+    from vllm.v1.attention.backend import AttentionType
+
+    from vllm_kivi.backend import backend
+
+    layer = SimpleNamespace(
+        kv_cache_dtype="kivi2", use_mla=False, use_sparse=False, attn_type=AttentionType.ENCODER_ONLY
+    )
+    with pytest.raises(ValueError, match="not encoder_only; use auto"):
+        backend.select(layer)
 
 
 def test_the_hybrid_cache_manager_is_needed(tmp_path):

@@ -193,7 +193,8 @@ def select(config: AttentionSelectorConfig) -> str:
     if config.use_mla or config.use_sparse:
         raise ValueError(f"kivi: --kv-cache-dtype {dtype} does not support MLA or sparse attention; use auto or fp8")
     if config.attn_type != AttentionType.DECODER:
-        raise ValueError(f"kivi: --kv-cache-dtype {dtype} supports decoder self-attention, not {config.attn_type}")
+        kind = AttentionType(config.attn_type).value
+        raise ValueError(f"kivi: --kv-cache-dtype {dtype} supports decoder self-attention, not {kind}; use auto")
     if config.head_size not in HEAD_DIMS:
         accepted = ", ".join(map(str, HEAD_DIMS))
         raise ValueError(

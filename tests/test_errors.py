@@ -60,6 +60,17 @@ def test_bad_options(tmp_path, options, named):
         assert words in str(error.value)
 
 
+@pytest.mark.parametrize("entry", ["group_size", "kivi2", "Kivi", "vllm-kivi"])
+def test_options_elsewhere_would_have_no_effect(tmp_path, entry):
+    from vllm import EngineArgs
+
+    given = {entry: {}, "kivi": {}, "other_plugin": {}}
+    with pytest.raises(ValueError, match=rf'additional_config\["{entry}"\] would have no effect'):
+        start(tmp_path, LLAMA, additional_config=given)
+    arguments = {"model": str(tmp_path), "additional_config": given, "skip_tokenizer_init": True}
+    EngineArgs(**arguments, kv_cache_dtype="auto").create_engine_config()  # it may be another plugin's
+
+
 def test_an_unknown_option_is_refused_even_with_another_cache_dtype(tmp_path):
     with pytest.raises(ValueError, match="unknown option 'groups'"):
         start(tmp_path, LLAMA, kv_cache_dtype="auto", additional_config={"kivi": {"groups": 1}})

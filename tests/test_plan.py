@@ -429,6 +429,7 @@ def test_weights_are_those_of_the_files(model):
         (TINY, ["--dtype", "int8"], "--dtype int8"),
         (TINY, ["--weights-gib", "70"], "--tensor-parallel-size"),
         (TINY, ["--pipeline-parallel-size", "3"], "2 layers only"),
+        (TINY, ["--additional-config", '{"group_size": 64}'], "would have no effect"),
         (TINY, ["--tensor-parallel-size", "3"], "does not divide 4 attention heads"),
         (TINY | {"layer_types": ["full_attention", "chunked_attention"], "model_type": "llama4_text"}, [], "chunked"),
         (TINY | {"model_type": "gpt_oss", "head_dim": 64}, [], "learned attention sinks"),

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_kivi.format import ACCEPTED_FRACTIONS, BOOSTED_FRACTIONS, GROUP_SIZES, KVFormat
+from vllm_kivi.format import ACCEPTED_FRACTIONS, BOOSTED_FRACTIONS, GROUP_SIZES, PRESETS, KVFormat
 
 # The options with which kivi2, kivi_k4v2, kivi4 and kivi8 are published KIVI, bit for bit
 PUBLISHED: dict[str, Any] = {
@@ -68,6 +68,21 @@ class KiviOptions:
                 raise ValueError(f"kivi: unknown option {name!r}; accepted: {', '.join(accepted)}")
             _check_value(name, value)
         return cls(**raw)
+
+    @classmethod
+    def check_entries(cls, additional_config: object) -> None:
+        """Refuse options beside the "kivi" entry, or under another name of ours; other entries are other plugins'.
+
+        Raises:
+            ValueError: names the entry.
+        """
+        names = {"kivi", "vllm_kivi", *PRESETS, *(field.name for field in dataclasses.fields(cls))}
+        for name in additional_config if isinstance(additional_config, Mapping) else ():
+            if name != "kivi" and str(name).lower().replace("-", "_") in names:
+                raise ValueError(
+                    f'kivi: additional_config["{name}"] would have no effect; options go into "kivi", as in '
+                    '{"kivi": {"group_size": 64}}'
+                )
 
     def resolved(self, preset: str) -> dict[str, Any]:
         """Every option with its value for a cache dtype; without boosted_fraction where that means nothing."""

@@ -225,6 +225,7 @@ def check_config(vllm_config: VllmConfig) -> None:
     options = KiviOptions.from_additional_config(vllm_config.additional_config)
     if dtype not in PRESETS:
         return
+    KiviOptions.check_entries(vllm_config.additional_config)
     flag = f"kivi: --kv-cache-dtype {dtype}"
     if model_config is None:
         return

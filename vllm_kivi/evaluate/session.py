@@ -113,6 +113,7 @@ def check_before_vllm(settings: Settings) -> None:
     """
     if settings.model.startswith(("/", "./", "../")) and not Path(settings.model).exists():
         raise EvalError(f"model {settings.model}: no such folder")
+    KiviOptions.check_entries(settings.additional_config)
     for candidate in candidates(settings):
         KiviOptions.from_additional_config(candidate.additional_config(settings.additional_config))
 

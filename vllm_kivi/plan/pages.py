@@ -118,6 +118,7 @@ def pool(shapes: Shapes, candidate: Candidate, settings: Settings) -> Pool:
     kinds = []
     if preset in PRESETS:
         check_shapes(shapes, preset)
+        KiviOptions.check_entries(settings.additional_config)
         options = KiviOptions.from_additional_config(candidate.additional_config(settings.additional_config))
         fmt = options.format(preset, shapes.head_dim, heads, shapes.dtype, page_tokens=settings.block_size or 0)
         block_tokens = fmt.page_tokens

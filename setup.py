@@ -97,9 +97,10 @@ setup(
                 *KERNEL_FLAGS,
                 *(sorted(glob("csrc/instantiate/*.cu")) if WITH_CUDA else []),
             ],
+            # An sdist has them as well: .cu also where it is made without CUDA.
             depends=[
                 "setup.py",
-                *(path for end in ("h", "cuh", "inc") for path in glob(f"csrc/**/*.{end}", recursive=True)),
+                *(path for end in ("h", "cu", "cuh", "inc") for path in glob(f"csrc/**/*.{end}", recursive=True)),
             ],
             define_macros=[("KIVI_CUDA", None)] if WITH_CUDA else [],
             # CUDA's runtime is linked statically: the file loads where there is none.

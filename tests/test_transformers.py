@@ -178,6 +178,16 @@ def test_any_bits(llama, bits):
     assert_equal_but_for_codes(compare)
 
 
+def test_info_names_what_was_said(llama):
+    """What is 0 or False too: published settings are not the defaults."""
+    assert KiviCache(llama.config, "kivi4").info().name == "kivi4"
+    published = {"sink_tokens": 0, "scale_search": False, "rotate_values": False}
+    assert KiviCache(llama.config, **published).info().name == (
+        "kivi2 sink_tokens=0 scale_search=False rotate_values=False"
+    )
+    assert KiviCache(llama.config, max_cache_len=400).info().name == "kivi2 max_cache_len=400"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_greedy_tokens_of_short_sequences_are_dynamic_caches(path, dtype):
     """Up to residual_length tokens nothing is quantized."""

@@ -358,8 +358,9 @@ class KiviCache(Cache):
 
     def info(self) -> CacheInfo:
         """What the cache holds; waits for the device. Warns when nothing is quantized."""
-        settings = [f"{name}={value}" for name, value in self.settings.items() if value and name != "preset"]
-        name = " ".join([self.settings["preset"], *settings])
+        unsaid = {"preset": self.settings["preset"], "max_cache_len": None, "max_crop": 0}
+        said = [f"{name}={value}" for name, value in self.settings.items() if (name, value) not in unsaid.items()]
+        name = " ".join([self.settings["preset"], *said])
         info = CacheInfo(name, tuple(_layer_info(layer) for layer in self.layers))
         if not info.total.quantized_tokens:
             logger.warning(

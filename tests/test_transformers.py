@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib
 import logging
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from test_models import FAMILIES, SIZES, save
 from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
+import vllm_kivi.transformers
 from vllm_kivi import ops
 from vllm_kivi.format import LAYOUT_FIELDS, KVFormat
 from vllm_kivi.options import KiviOptions
@@ -186,6 +188,19 @@ def test_info_names_what_was_said(llama):
         "kivi2 sink_tokens=0 scale_search=False rotate_values=False"
     )
     assert KiviCache(llama.config, max_cache_len=400).info().name == "kivi2 max_cache_len=400"
+
+
+@pytest.mark.parametrize("version", ["4.57.6", "5.9.0", "5.15.3"])
+def test_an_older_transformers_is_refused(monkeypatch, version):
+    monkeypatch.setattr("transformers.__version__", version)
+    with pytest.raises(ImportError, match=f"transformers 5.16 or newer, not {version}"):
+        importlib.reload(vllm_kivi.transformers)
+
+
+@pytest.mark.parametrize("version", ["5.16.0.dev0", "5.100.0", "6.0.0"])
+def test_a_newer_transformers_is_not(monkeypatch, version):
+    monkeypatch.setattr("transformers.__version__", version)
+    importlib.reload(vllm_kivi.transformers)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -240,6 +240,8 @@ def test_version(capsys):
         (["--baseline", "kivi4:group_size=48"], "accepted: 32, 64, 128"),
         (["--window", "4096"], "--window 4096 must be less than the model's 4096 positions"),
         (["/nowhere"], "/nowhere: no such folder"),
+        (["--output", str(TEXT)], "persuasion.txt: File exists; name a folder that can be written"),
+        (["--output", "/proc/nowhere"], "--output /proc/nowhere: No such file or directory; name a folder"),
     ],
 )
 def test_bad_requests_name_the_option(tiny, capsys, arguments, named):

@@ -336,6 +336,19 @@ def _settings(kind: Any, args: argparse.Namespace) -> Any:
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
+def _prepare(folder: Path | None) -> None:
+    """Make the folder for the results now: one that cannot be made is found before hours of measurements, not after.
+
+    Raises:
+        ValueError: it cannot be made.
+    """
+    try:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output {folder}: {error.strerror}; name a folder that can be written") from None
+
+
 def _finish(args: argparse.Namespace, measure: str, report: dict[str, Any], table: str, draw: Any = None) -> str:
     """What to print; writes the files that were asked for. A picture that cannot be drawn costs no result."""
     from vllm_kivi.evaluate import EvalError
@@ -370,6 +383,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit status: 0, 1 for a bad request, 130 when interrupted."""
     args = _parser().parse_args(argv)
     try:
+        _prepare(args.output)
         print(args.run(args))
     except ValueError as error:
         print(f"vllm-kivi: error: {error}", file=sys.stderr)

@@ -21,7 +21,7 @@ import torch
 import transformers
 from test_models import FAMILIES, SIZES, save
 from torch import Tensor
-from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 import vllm_kivi.transformers
 from vllm_kivi import ops
@@ -245,6 +245,31 @@ def test_kivi_attention_without_a_kivi_cache(family):
         results.append((plain[0, 40:], plain[1], cached[0, 40:], cached[1]))
     for wanted, actual in zip(*results, strict=True):
         assert_close(actual, wanted)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_attention_that_is_not_causal(cached):
+    """Encoders and what reads them, with a KiviCache in the decoder or without: vision towers are such encoders."""
+    torch.manual_seed(0)
+    sizes = dict.fromkeys(("encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads"), 2)
+    model = transformers.BartForConditionalGeneration(transformers.BartConfig(vocab_size=96, d_model=128, **sizes))
+    for weight in model.eval().to(DEVICE).parameters():
+        if weight.dim() == 2:
+            weight.normal_(0, weight.shape[1] ** -0.5)
+    said, answer, mask = ids(50, 1, 2) % 96, ids(50, 2, 2) % 96, torch.ones(2, 50, dtype=torch.long, device=DEVICE)
+    mask[0, 40:] = 0
+    results = []
+    for attention in ("eager", "kivi"):
+        model.set_attn_implementation(attention)
+        outputs = []
+        for seen in (mask, torch.ones_like(mask)):
+            own = KiviCache(model.config) if attention == "kivi" and cached else DynamicCache()
+            cache = EncoderDecoderCache(own, DynamicCache())
+            for part in answer.split([30] + [1] * 20, 1):
+                settings = {"attention_mask": seen, "decoder_input_ids": part, "past_key_values": cache}
+                outputs.append(model(said, **settings).logits)
+        results.append(torch.cat(outputs, 1))
+    assert_close(*results)
 
 
 # --------------------------------------------------------------------------------------------------------------- pages

@@ -95,6 +95,7 @@ def kivi_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """An attention function of transformers' AttentionInterface.
@@ -102,6 +103,7 @@ def kivi_attention(
     Args:
         query: [B, heads, q, D]; key, value: [B, H, q or all, D].
         attention_mask: what `kivi_mask` returns.
+        is_causal: of attention without a mask; None: as the module says. Vision towers and encoders are not.
 
     Returns:
         [B, q, heads, D], and no attention weights.
@@ -110,6 +112,7 @@ def kivi_attention(
         ValueError: attention that packed pages do not support.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     layer = getattr(key, LAYER, None)
     for what, used in (
         ("attention dropout", dropout > 0),
@@ -121,7 +124,7 @@ def kivi_attention(
             raise ValueError(f'kivi: attn_implementation="kivi" does not support {what}; use "sdpa" or "eager"')
     if layer is not None:
         return layer.attend(query, key, value, attention_mask, scale, softcap or 0.0), None
-    return _plain(query, key, value, attention_mask, scale, softcap or 0.0), None
+    return _plain(query, key, value, attention_mask, causal, scale, softcap or 0.0), None
 
 
 def _is_of_new(mask: Tensor | None, num_new: int) -> bool:
@@ -129,10 +132,15 @@ def _is_of_new(mask: Tensor | None, num_new: int) -> bool:
     return mask is None or (mask.dim() == 4 and mask.shape[1:] == (1, 1, num_new))
 
 
-def _plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, soft_cap: float) -> Tensor:
-    """Attention over keys and values that no KiviCache stores: of sliding layers, or without a cache."""
+def _plain(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float, soft_cap: float
+) -> Tensor:
+    """Attention over keys and values that no KiviCache stores: of sliding layers, of encoders, or without a cache."""
     q, tokens = query.shape[2], key.shape[2]
-    if q == tokens and _is_of_new(mask, q) and (mask is not None or soft_cap):
+    if not causal:
+        if mask is None:
+            mask = query.new_ones(1, 1, q, tokens, dtype=torch.bool)
+    elif q == tokens and _is_of_new(mask, q) and (mask is not None or soft_cap):
         mask = sdpa_mask(
             batch_size=len(query),
             q_length=q,

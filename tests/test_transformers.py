@@ -28,7 +28,7 @@ from vllm_kivi import ops
 from vllm_kivi.format import LAYOUT_FIELDS, KVFormat
 from vllm_kivi.options import KiviOptions
 from vllm_kivi.transformers import KiviCache
-from vllm_kivi.transformers.attention import kivi_mask
+from vllm_kivi.transformers.attention import kivi_attention, kivi_mask
 from vllm_kivi.transformers.pages import GROWTH, Pages
 
 LENGTH = 330
@@ -786,6 +786,40 @@ def test_refused_models():
         KiviCache(transformers.LlamaConfig(**SIZES | {"head_dim": 48}))
     with pytest.raises(ValueError, match="nothing would be quantized"):
         KiviCache(transformers.MistralConfig(**SIZES | {"sliding_window": 200}))
+
+
+SHARED = {
+    "Gemma3nTextConfig": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "vocab_size_per_layer_input": 96,
+        "hidden_size_per_layer_input": 16,
+        "activation_sparsity_pattern": [0.0] * 4,
+    },
+    "DiffLlamaConfig": {"num_key_value_heads": 4},
+}
+
+
+@pytest.mark.parametrize("config", SHARED)
+def test_keys_that_are_read_twice_are_refused(config):
+    """By layers that share them, or by one layer: they would be stored again. Other attention serves these models."""
+    settings = getattr(transformers, config)(**SIZES | {"vocab_size": 96} | SHARED[config])
+    model = AutoModelForCausalLM.from_config(settings, attn_implementation="kivi").to(DEVICE).eval()
+    with pytest.raises(ValueError, match="does not support attention that reads the keys of another layer, or twice"):
+        model(ids(20) % 96, past_key_values=KiviCache(model.config))
+    model.set_attn_implementation("sdpa")
+    results = [
+        run(model, cache, ids(60) % 96, [50] + [1] * 10)
+        for cache in (KiviCache(model.config), DynamicCache(config=model.config))
+    ]
+    assert_close(*results)
+
+
+def test_a_position_bias_is_refused():
+    query = torch.zeros(1, 2, 3, 64)
+    with pytest.raises(ValueError, match="does not support a position bias"):
+        kivi_attention(torch.nn.Module(), query, query, query, None, position_bias=torch.zeros(1, 2, 3, 3))
 
 
 @only_cpu

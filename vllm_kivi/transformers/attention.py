@@ -95,6 +95,7 @@ def kivi_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -117,7 +118,9 @@ def kivi_attention(
     for what, used in (
         ("attention dropout", dropout > 0),
         ("learned attention sinks", s_aux is not None),
+        ("a position bias", position_bias is not None),
         ("sliding windows in a layer whose cache has none", layer is not None and sliding_window is not None),
+        ("attention that reads the keys of another layer, or twice", layer is not None and not layer.is_waiting),
         ("a mask that is not causal", layer is not None and not _is_of_new(attention_mask, query.shape[2])),
     ):
         if used:

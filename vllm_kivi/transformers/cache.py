@@ -96,7 +96,7 @@ class KiviLayer(CacheLayerMixin):
         self.max_crop = max_crop
         self.workspaces = workspaces  # of all layers, by device and layout
         self.pages: Pages | None = None
-        self._unattended = False  # there are keys that attention "kivi" has yet to store
+        self.is_waiting = False  # there are keys that attention "kivi" has yet to store
 
     @property
     def is_compileable(self) -> bool:  # type: ignore[override]
@@ -152,7 +152,7 @@ class KiviLayer(CacheLayerMixin):
         Raises:
             ValueError: gradients, another batch size, a full cache, or attention that did not store what it got.
         """
-        if self._unattended:
+        if self.is_waiting:
             raise ValueError(
                 'kivi: attention "kivi" never got the keys of the last step: the model changed them after its cache '
                 'took them, or failed; use attn_implementation="sdpa", or reset() the cache'
@@ -169,7 +169,7 @@ class KiviLayer(CacheLayerMixin):
             )
         if not self._is_attended:
             return self._append(key_states, value_states)
-        self._unattended = True
+        self.is_waiting = True
         setattr(key_states, LAYER, self)
         return key_states, value_states
 
@@ -186,7 +186,7 @@ class KiviLayer(CacheLayerMixin):
         real = None if mask is None else mask[:, 0, 0]
         compiled = self.is_compileable and query.shape[2] == 1
         output = (self.pages.attend if compiled else self._attend)(query, key, value, real, scale, logits_soft_cap)
-        self._unattended = False
+        self.is_waiting = False
         return output
 
     @torch.compiler.disable
@@ -223,7 +223,7 @@ class KiviLayer(CacheLayerMixin):
         return self.max_cache_len or -1
 
     def reset(self) -> None:
-        self._unattended = False
+        self.is_waiting = False
         if self.pages:
             self.pages.reset()
 

@@ -215,6 +215,19 @@ def test_greedy_tokens_of_short_sequences_are_dynamic_caches(path, dtype):
         assert actual.tolist() == wanted.tolist()
 
 
+@pytest.mark.parametrize("attention", ["kivi", "sdpa"])
+def test_autocast(llama, attention):
+    """Keys and queries come in float32 then, values in the dtype that all are cached in."""
+    said, steps, results = ids(60), [30, 10] + [1] * 20, []
+    wanted = run(llama, DynamicCache(), said, steps)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        for implementation, cache in (("sdpa", DynamicCache()), (attention, KiviCache(llama.config))):
+            llama.set_attn_implementation(implementation)
+            results.append((run(llama, cache, said, steps) - wanted).abs().mean())
+    assert {layer.pages.fmt.dtype for layer in cache.layers} == {"bfloat16"}
+    assert 0 < results[1] < 1.2 * results[0]
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("stream", ["chunks", "small_chunks"])
 def test_other_attention_reads_the_same(llama, attention, stream):
@@ -883,6 +896,30 @@ def test_gradients_are_refused(llama):
         pytest.raises(ValueError, match=r"no gradients; run the model under torch.no_grad"),
     ):
         llama(ids(10), past_key_values=KiviCache(llama.config))
+
+
+@pytest.mark.parametrize("attention", ["kivi", "sdpa"])
+@pytest.mark.parametrize("num_new", [1, 20])
+@pytest.mark.parametrize(
+    ("settings", "dtype", "message"),
+    [
+        (
+            {"num_key_value_heads": 4},
+            torch.float32,
+            "keys of 4 heads of 64 in float32 do not fit this cache of 2 heads",
+        ),
+        ({"head_dim": 128}, torch.float32, "keys of 2 heads of 128 in float32 do not fit this cache of 2 heads of 64"),
+        ({}, torch.bfloat16, "in bfloat16 do not fit .* in float32; use the model and dtype that it was made with"),
+    ],
+)
+def test_another_models_steps_are_refused(llama, attention, num_new, settings, dtype, message):
+    cache = KiviCache(llama.config)
+    run(llama, cache, ids(50), [50])
+    other = AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SIZES | settings)).to(DEVICE, dtype)
+    for model in (llama, other):
+        model.set_attn_implementation(attention)
+    with pytest.raises(ValueError, match=message):
+        other(ids(num_new), past_key_values=cache)
 
 
 @only_cpu

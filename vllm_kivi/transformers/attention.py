@@ -126,6 +126,7 @@ def kivi_attention(
         if used:
             raise ValueError(f'kivi: attn_implementation="kivi" does not support {what}; use "sdpa" or "eager"')
     if layer is not None:
+        query = query.to(key.dtype)  # under torch.autocast, as the keys
         return layer.attend(query, key, value, attention_mask, scale, softcap or 0.0), None
     return _plain(query, key, value, attention_mask, causal, scale, softcap or 0.0), None
 

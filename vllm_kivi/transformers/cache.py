@@ -150,7 +150,8 @@ class KiviLayer(CacheLayerMixin):
             values that the step attends to, dequantized: [B, H, tokens, D].
 
         Raises:
-            ValueError: gradients, another batch size, a full cache, or attention that did not store what it got.
+            ValueError: gradients, another batch size, another model's shapes or dtype, a full cache, or attention that
+                did not store what it got.
         """
         if self.is_waiting:
             raise ValueError(
@@ -159,9 +160,18 @@ class KiviLayer(CacheLayerMixin):
             )
         if key_states.requires_grad or value_states.requires_grad:
             raise ValueError("kivi: a KiviCache has no gradients; run the model under torch.no_grad()")
+        # Under torch.autocast RoPE leaves keys in float32; attention of transformers rounds them like this.
+        key_states = key_states.to(value_states.dtype)
         if self.pages is None:
             self.lazy_initialization(key_states, value_states)
         assert self.pages is not None
+        fmt, (_, heads, _, head_dim), dtype = self.pages.fmt, key_states.shape, key_states.dtype
+        if (heads, head_dim, dtype) != (fmt.num_kv_heads, fmt.head_dim, getattr(torch, fmt.dtype)):
+            raise ValueError(
+                f"kivi: keys of {heads} heads of {head_dim} in {str(dtype).removeprefix('torch.')} do not fit this "
+                f"cache of {fmt.num_kv_heads} heads of {fmt.head_dim} in {fmt.dtype}; use the model and dtype that it "
+                "was made with, or make a new cache"
+            )
         if len(key_states) != self.batch_size:
             raise ValueError(
                 f"kivi: a batch of {len(key_states)} rows does not fit this cache of {self.batch_size}; make a new "

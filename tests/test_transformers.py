@@ -799,6 +799,26 @@ def test_refused_models():
         KiviCache(transformers.LlamaConfig(**SIZES | {"head_dim": 48}))
     with pytest.raises(ValueError, match="nothing would be quantized"):
         KiviCache(transformers.MistralConfig(**SIZES | {"sliding_window": 200}))
+    with pytest.raises(ValueError, match="or without a recurrent state in the same layer"):
+        KiviCache(transformers.FalconH1Config(**SIZES))
+    with pytest.raises(ValueError, match="head size 512 is not supported"):
+        KiviCache(gemma4(global_head_dim=512))
+
+
+def gemma4(**settings: Any) -> transformers.Gemma4TextConfig:
+    own = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 32, "global_head_dim": 128}
+    unused = {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0}
+    return transformers.Gemma4TextConfig(**SIZES | own | unused | settings)
+
+
+@pytest.mark.parametrize("window_head_dim", [64, 48])
+def test_head_sizes_of_layers(window_head_dim):
+    """Of those that are quantized."""
+    config = gemma4(head_dim=window_head_dim)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="kivi").to(DEVICE).eval()
+    caches = KiviCache(model.config), DynamicCache(config=model.config)
+    assert_close(*(run(model, cache, ids(100), [70] + [1] * 30) for cache in caches))
+    assert caches[0].layers[1].pages.fmt.head_dim == 128
 
 
 SHARED = {

@@ -327,12 +327,7 @@ class KiviCache(Cache):
             name: value for name, value in (("k_bits", k_bits), ("v_bits", v_bits)) if value is not None
         }
         text_config = config.get_text_config(decoder=True)
-        head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
-        if head_dim not in HEAD_DIMS:
-            accepted = ", ".join(map(str, HEAD_DIMS))
-            raise ValueError(f"kivi: head size {head_dim} is not supported; accepted: {accepted}; use DynamicCache")
         make_format = functools.partial(own.format, preset, **bits)
-        fmt = make_format(head_dim=head_dim, num_kv_heads=1, dtype="bfloat16")  # refuses what does not go together
         stock = StaticCache(config, max_cache_len) if max_cache_len else DynamicCache(config=config)
         workspaces: dict[tuple[Any, ...], Tensor] = {}
         layers = [
@@ -343,9 +338,19 @@ class KiviCache(Cache):
         ]
         if not any(isinstance(layer, KiviLayer) for layer in layers):
             raise ValueError(
-                "kivi: nothing would be quantized: no layer of this model has attention without a sliding window; "
-                "use DynamicCache"
+                "kivi: nothing would be quantized: no layer of this model has attention without a sliding window, or "
+                "without a recurrent state in the same layer; use DynamicCache"
             )
+        # Layers at the end that share keys have no cache.
+        for layer, layer_config in zip(layers, text_config.per_layer_config, strict=False):
+            if not isinstance(layer, KiviLayer):
+                continue
+            head_dim = getattr(layer_config, "head_dim", None)
+            head_dim = head_dim or layer_config.hidden_size // layer_config.num_attention_heads
+            if head_dim not in HEAD_DIMS:
+                accepted = ", ".join(map(str, HEAD_DIMS))
+                raise ValueError(f"kivi: head size {head_dim} is not supported; accepted: {accepted}; use DynamicCache")
+            fmt = make_format(head_dim=head_dim, num_kv_heads=1, dtype="bfloat16")  # refuses what does not go together
         if fmt.full_precision or (max_cache_len and fmt.boundary(max_cache_len) <= fmt.sink_tokens):
             logger.warning(
                 "kivi: this cache will quantize nothing: %s",

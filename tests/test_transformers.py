@@ -9,6 +9,7 @@ import copy
 import gc
 import importlib
 import logging
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -732,6 +733,17 @@ def test_a_prompt_is_used_again(family, tmp_path, how, max_cache_len):
     wanted = run(model, copies[1], ids(50, 12), steps)
     assert torch.equal(run(model, cache, ids(50, 12), steps), wanted)
     assert copies[1].info() == cache.info()
+
+
+def test_pickle(llama, tmp_path):
+    """What comes back writes to one memory: a file of it holds its last steps."""
+    cache = KiviCache(llama.config, max_cache_len=300, **SMALL)
+    run(llama, cache, ids(200, 10), [200])
+    cache = pickle.loads(pickle.dumps(cache))
+    run(llama, cache, ids(20, 11), [10] + [1] * 10)
+    cache.save(tmp_path / "prompt.pt")
+    other = KiviCache.load(tmp_path / "prompt.pt", llama.config)
+    assert torch.equal(*(run(llama, one, ids(20, 12), [1] * 20) for one in (cache, other)))
 
 
 def test_load_refuses(llama, tmp_path):

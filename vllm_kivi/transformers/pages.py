@@ -177,6 +177,14 @@ class Pages:
         for new, pages in zip(self._rows(), old, strict=True):
             new[:, : pages.shape[1]] = pages
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Pickle would make views of the memory tensors of their own.
+        return {name: x for name, x in self.__dict__.items() if name not in ("quantized", "full")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.quantized, self.full = page_views(self.memory, self.num_full, self.layout)
+
     # -------------------------------------------------------------------------------------------------------- steps
 
     def _request(

@@ -753,6 +753,12 @@ def test_load_refuses(llama, tmp_path):
     cache.save(path)
     with pytest.raises(ValueError, match="has 2 layers, the model 3; use the model that it was made with"):
         KiviCache.load(path, transformers.LlamaConfig(**SIZES | {"num_hidden_layers": 3}))
+    windows = {"sliding_window": 32, "use_sliding_window": True, "max_window_layers": 1}
+    with pytest.raises(ValueError, match="has sliding windows in other layers; use the model that it was made with"):
+        KiviCache.load(path, transformers.Qwen2Config(**SIZES | windows))
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"other.pt holds no KiviCache; load what KiviCache.save wrote"):
+        KiviCache.load(tmp_path / "other.pt", llama.config)
     data = torch.load(path)
     data["layers"][0]["pages"]["layout"][-1] += 16
     torch.save(data, path)
@@ -971,5 +977,9 @@ def test_refused_steps(llama):
     cache.reset()
     with pytest.raises(ValueError, match=r"attention_mask has 5 columns, .* 10 tokens; pass the mask of all tokens"):
         llama(ids(10), past_key_values=cache, attention_mask=mask[:, :5])
+    fixed = KiviCache(llama.config, max_cache_len=100)
+    run(llama, fixed, ids(20), [19, 1])
+    with pytest.raises(ValueError, match=r"attention_mask has 1 columns, .* 21 tokens; pass the mask of all tokens"):
+        llama(ids(1), past_key_values=fixed, attention_mask=mask[:, :1])
     with pytest.raises(ValueError, match="does not support a mask that is not causal"):
         llama(ids(10), past_key_values=cache, attention_mask=torch.ones(1, 1, 10, 10).bool())

@@ -55,6 +55,9 @@ def kivi_mask(
         )
     if attention_mask is None:
         return None
+    known = attention_mask.device.type == "cpu" and not torch.compiler.is_compiling()  # a GPU would be waited for
+    if known:
+        kv_offset = int(kv_offset)
     if isinstance(kv_offset, Tensor):
         columns = kv_offset + torch.arange(kv_length, device=attention_mask.device)
         real = attention_mask.index_select(1, columns)
@@ -65,7 +68,6 @@ def kivi_mask(
                 f"{kv_offset + kv_length} tokens; pass the mask of all tokens"
             )
         real = attention_mask[:, kv_offset : kv_offset + kv_length]
-    known = attention_mask.device.type == "cpu" and not torch.compiler.is_compiling()  # a GPU would be waited for
     if known and real.all():
         return None
     if q_length > 1:

@@ -407,6 +407,8 @@ class KiviCache(Cache):
             ValueError: the file is of another model, or of another version of this package.
         """
         data = torch.load(path, map_location=device, weights_only=True)
+        if not isinstance(data, dict) or data.keys() != {"settings", "layers"}:
+            raise ValueError(f"kivi: {path} holds no KiviCache; load what KiviCache.save wrote")
         cache = cls(config, **data["settings"])
         if len(data["layers"]) != len(cache.layers):
             raise ValueError(
@@ -416,6 +418,10 @@ class KiviCache(Cache):
         for layer, state in zip(cache.layers, data["layers"], strict=True):
             if state is None:
                 continue
+            if isinstance(layer, KiviLayer) != ("pages" in state):
+                raise ValueError(
+                    f"kivi: {path} has sliding windows in other layers; use the model that it was made with"
+                )
             if isinstance(layer, KiviLayer):
                 layer.restore(state)
             else:

@@ -486,6 +486,36 @@ def test_info(llama, caplog):
     assert str(info).splitlines()[1].split()[:3] == ["0", "120", "80"]
 
 
+@pytest.mark.parametrize(
+    ("kinds", "level", "message"),
+    [
+        (["full_attention"] * 3, 0, ""),
+        (["sliding_attention", "conv", "full_attention"], logging.INFO, "1 (sliding window), 1 (no attention)"),
+        (["hybrid_sliding", "full_attention", "hybrid_sliding"], logging.INFO, "2 (sliding window)"),
+        (["hybrid", "conv", "full_attention"], logging.WARNING, "1 (attention beside a recurrent state), 1 (no atten"),
+        (["indexed_attention"] * 2 + ["full_attention"], logging.WARNING, "2 (a cache of type DynamicIndexedLayer)"),
+    ],
+    ids=str,
+)
+def test_layers_that_are_not_quantized_are_named(caplog, kinds, level, message):
+    """Those that grow with every token with a warning."""
+    caplog.set_level(logging.INFO, "vllm_kivi.transformers")
+    config = transformers.LlamaConfig(**SIZES | {"num_hidden_layers": 3})
+    config.layer_types, config.sliding_window = kinds, 32
+    try:
+        DynamicCache(config=config)
+    except KeyError as unknown:
+        pytest.skip(f"this version of transformers has no {unknown}")
+    info = KiviCache(config).info()
+    assert [bool(layer.kept) for layer in info.layers] == [kind != "full_attention" for kind in kinds]
+    said = [record for record in caplog.records if "layers are not quantized" in record.message]
+    assert [record.levelno for record in said] == ([level] if level else [])
+    for record in said:
+        assert f"{3 - kinds.count('full_attention')} of 3 layers are not quantized: {message}" in record.message
+    for layer, line in zip(info.layers, str(info).splitlines()[1:], strict=False):
+        assert line.endswith(f"  not quantized: {layer.kept}" if layer.kept else "x")
+
+
 @pytest.mark.parametrize("options", [{"full_precision": True}, {"k_bits": 16, "v_bits": 16}], ids=str)
 def test_bypass_warns(llama, caplog, options):
     """It says what DynamicCache says."""

@@ -6,6 +6,7 @@ import copy
 import functools
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from transformers.cache_utils import (
     CacheLayerMixin,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
     StaticLayer,
     StaticSlidingWindowLayer,
 )
@@ -30,6 +32,10 @@ from vllm_kivi.transformers.pages import Pages
 
 logger = logging.getLogger("vllm_kivi.transformers")
 
+# Why a layer keeps the cache that DynamicCache gives it.
+WINDOW = "sliding window"
+NO_ATTENTION = "no attention"
+
 
 @dataclass(frozen=True)
 class LayerInfo:
@@ -40,6 +46,7 @@ class LayerInfo:
     num_bytes: int  # memory, tables and room for tokens to come included
     elements: int  # numbers in the keys and values of all tokens
     dtype_bytes: int  # of a number that is not quantized
+    kept: str = ""  # why the layer keeps DynamicCache's cache, such as "sliding window"
 
     @property
     def bits_per_element(self) -> float:
@@ -71,6 +78,7 @@ class CacheInfo:
             lines.append(
                 f"{name:>5} {layer.quantized_tokens:9,} {layer.full_tokens:9,} {layer.num_bytes / 2**20:10.2f} "
                 f"{layer.bits_per_element:6.2f} {layer.compression:6.2f}x"
+                + (f"  not quantized: {layer.kept}" if layer.kept else "")
             )
         return "\n".join(lines)
 
@@ -341,6 +349,7 @@ class KiviCache(Cache):
                 "kivi: nothing would be quantized: no layer of this model has attention without a sliding window, or "
                 "without a recurrent state in the same layer; use DynamicCache"
             )
+        _say_kept(layers)
         # Layers at the end that share keys have no cache.
         for layer, layer_config in zip(layers, text_config.per_layer_config, strict=False):
             if not isinstance(layer, KiviLayer):
@@ -462,4 +471,31 @@ def _layer_info(layer: Any) -> LayerInfo:
     tokens = sum(x.shape[0] * x.shape[2] for x in tensors[:1])
     elements = sum(x.numel() for x in tensors)
     num_bytes = sum(x.untyped_storage().nbytes() for x in tensors)
-    return LayerInfo(0, tokens, num_bytes, elements, max((x.element_size() for x in tensors), default=0))
+    return LayerInfo(0, tokens, num_bytes, elements, max((x.element_size() for x in tensors), default=0), _kept(layer))
+
+
+def _kept(layer: Any) -> str:
+    """Why a layer keeps the cache that DynamicCache gives it; "": it does not."""
+    if isinstance(layer, KiviLayer):
+        return ""
+    if getattr(layer, "is_sliding", False):
+        return WINDOW
+    if not isinstance(layer, CacheLayerMixin):
+        return NO_ATTENTION
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        return "attention beside a recurrent state"
+    return f"a cache of type {type(layer).__name__}"
+
+
+def _say_kept(layers: list[Any]) -> None:
+    kept = Counter(_kept(layer) for layer in layers)
+    del kept[""]
+    if kept:
+        # Those that hold few tokens, or none, are no reason to warn.
+        logger.log(
+            logging.INFO if kept.keys() <= {WINDOW, NO_ATTENTION} else logging.WARNING,
+            "kivi: %d of %d layers are not quantized: %s",
+            kept.total(),
+            len(layers),
+            ", ".join(f"{count} ({why})" for why, count in kept.items()),
+        )

@@ -261,15 +261,20 @@ def test_kivi_attention_without_a_kivi_cache(family):
         assert_close(actual, wanted)
 
 
-@pytest.mark.parametrize("cached", [False, True])
-def test_attention_that_is_not_causal(cached):
-    """Encoders and what reads them, with a KiviCache in the decoder or without: vision towers are such encoders."""
+def bart() -> PreTrainedModel:
     torch.manual_seed(0)
     sizes = dict.fromkeys(("encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads"), 2)
     model = transformers.BartForConditionalGeneration(transformers.BartConfig(vocab_size=96, d_model=128, **sizes))
     for weight in model.eval().to(DEVICE).parameters():
         if weight.dim() == 2:
             weight.normal_(0, weight.shape[1] ** -0.5)
+    return model
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_attention_that_is_not_causal(cached):
+    """Encoders and what reads them, with a KiviCache in the decoder or without: vision towers are such encoders."""
+    model = bart()
     said, answer, mask = ids(50, 1, 2) % 96, ids(50, 2, 2) % 96, torch.ones(2, 50, dtype=torch.long, device=DEVICE)
     mask[0, 40:] = 0
     results = []
@@ -284,6 +289,30 @@ def test_attention_that_is_not_causal(cached):
                 outputs.append(model(said, **settings).logits)
         results.append(torch.cat(outputs, 1))
     assert_close(*results)
+
+
+@pytest.mark.parametrize("attention", ["kivi", "sdpa"])
+@pytest.mark.parametrize("tokens", [1, 30, 50])
+def test_cross_attention_is_refused(attention, tokens):
+    """Without EncoderDecoderCache it would read, and write, what the decoder said."""
+    model = bart()
+    model.set_attn_implementation(attention)
+    own, crossed = KiviCache(model.config), KiviCache(model.config)
+    settings = {"input_ids": ids(50, 1) % 96, "decoder_input_ids": ids(tokens, 2) % 96}
+    with pytest.raises(ValueError, match=r"pass past_key_values=EncoderDecoderCache\(KiviCache\(model.config\), Dyn"):
+        model(past_key_values=own, **settings)
+    own.reset()
+    cache = EncoderDecoderCache(own, DynamicCache())
+    for _ in range(2):
+        model(past_key_values=cache, **settings)
+    assert own.get_seq_length() == 2 * tokens
+    cache = EncoderDecoderCache(DynamicCache(), crossed)
+    message = (
+        "a KiviCache has packed pages and no .keys; use DynamicCache|cross-attention whose cache is a KiviCache and"
+    )
+    with pytest.raises((AttributeError, ValueError), match=message):
+        for _ in range(2):
+            model(past_key_values=cache, **settings)
 
 
 # --------------------------------------------------------------------------------------------------------------- pages

@@ -122,6 +122,10 @@ def kivi_attention(
         ("learned attention sinks", s_aux is not None),
         ("a position bias", position_bias is not None),
         ("sliding windows in a layer whose cache has none", layer is not None and sliding_window is not None),
+        (
+            "cross-attention whose cache is a KiviCache and not a DynamicCache",
+            layer is not None and key.shape[2] != query.shape[2],
+        ),
         ("attention that reads the keys of another layer, or twice", layer is not None and not layer.is_waiting),
         ("a mask that is not causal", layer is not None and not _is_of_new(attention_mask, query.shape[2])),
     ):

@@ -105,6 +105,15 @@ class KiviLayer(CacheLayerMixin):
         self.workspaces = workspaces  # of all layers, by device and layout
         self.pages: Pages | None = None
         self.is_waiting = False  # there are keys that attention "kivi" has yet to store
+        del self.keys, self.values  # so that whoever reads them is told
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("keys", "values"):
+            raise AttributeError(
+                f"kivi: a KiviCache has packed pages and no .{name}; use DynamicCache for what reads them, such as "
+                "the cross-attention of an EncoderDecoderCache"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @property
     def is_compileable(self) -> bool:  # type: ignore[override]
@@ -368,7 +377,24 @@ class KiviCache(Cache):
                 else f"max_cache_len={max_cache_len} is hardly more than residual_length={fmt.residual_length}",
             )
         super().__init__(layers=layers)
+        self.is_encoder_decoder = getattr(config, "is_encoder_decoder", False)
         self.settings = {"preset": preset, "max_cache_len": max_cache_len, "max_crop": max_crop} | bits | options
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Take a layer's new keys and values, as its `update` does.
+
+        Raises:
+            ValueError: the same, and cross-attention of an encoder-decoder model that stores what the encoder said.
+        """
+        # Without EncoderDecoderCache such a model writes both to one layer: the first is then ahead of the next. A step
+        # of one token is not looked at: it may be compiled.
+        looked_at = self.is_encoder_decoder and layer_idx == 0 and key_states.shape[2] > 1 and len(self.layers) > 1
+        if looked_at and self.get_seq_length(0) > self.get_seq_length(1):
+            raise ValueError(
+                "kivi: in an encoder-decoder model a KiviCache holds the decoder's self-attention only; pass "
+                "past_key_values=EncoderDecoderCache(KiviCache(model.config), DynamicCache())"
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     @torch.inference_mode(False)  # steps may go on without
     def __deepcopy__(self, memo: dict[int, Any]) -> KiviCache:

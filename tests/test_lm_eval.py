@@ -136,6 +136,17 @@ def test_batch_sizes_agree(path, attention):
     assert answers(one, prompts, 40) == answers(three, prompts, 40)
 
 
+def test_tried_batch_sizes_do_not_count(path):
+    """The share that was quantized is that of the requests, with batch_size=auto too."""
+    infos = []
+    for size in (4, "auto"):
+        model = load(path, batch_size=size, max_batch_size=4, max_length=512, **CACHE)
+        scored(model, TEXTS)
+        answers(model, [context for context, _ in TEXTS], 20)
+        infos.append((model.cached_tokens, model.get_model_info()["kivi_quantized_share"]))
+    assert infos[0] == infos[1]
+
+
 @torch.inference_mode()
 def answer_by_hand(model: Any, prompt: Tensor, chunk: int, count: int, **options: Any) -> list[int]:
     """Greedy tokens after a prompt [T] whose last token is the first that comes alone."""

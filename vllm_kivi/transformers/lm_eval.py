@@ -109,6 +109,13 @@ class KiviLM(HFLM):
         self._count(cache)
         return answer
 
+    def _detect_batch_size(self, *args: Any, **kwargs: Any) -> int:
+        """What HFLM does with batch_size=auto; the texts that it tries are not counted."""
+        counted = self.quantized_tokens, self.cached_tokens
+        batch_size: int = super()._detect_batch_size(*args, **kwargs)
+        self.quantized_tokens, self.cached_tokens = counted
+        return batch_size
+
     def _count(self, cache: KiviCache) -> None:
         layers = [layer.info() for layer in cache.layers if isinstance(layer, KiviLayer)]
         self.quantized_tokens += sum(layer.quantized_tokens for layer in layers)

@@ -987,6 +987,25 @@ def test_what_only_a_gpu_knows_ends_there(fault, message):
     assert message in done.stderr
 
 
+@pytest.mark.parametrize(("first", "then"), [("kivi", "sdpa"), ("sdpa", "kivi")])
+def test_attention_that_changes_with_padding(llama, tmp_path, first, then):
+    """One stores what the other leaves out: silently wrong answers of the padded row."""
+    said, mask = ids(60, 2, 2), torch.ones(2, 60, dtype=torch.long, device=DEVICE)
+    mask[0, :11] = 0
+    for saved in (False, True):
+        cache = KiviCache(llama.config)
+        llama.set_attn_implementation(first)
+        run(llama, cache, said[:, :50], [50], mask)
+        if saved:
+            cache.save(tmp_path / "cache")
+            cache = KiviCache.load(tmp_path / "cache", llama.config)
+        llama.set_attn_implementation(then)
+        with pytest.raises(ValueError, match="attention has changed"):
+            run(llama, cache, said[:, 50:], [10], mask)
+    cache.reset()
+    run(llama, cache, said, [60], mask)
+
+
 def test_gradients_are_refused(llama):
     with (
         torch.inference_mode(False),

@@ -105,6 +105,7 @@ class KiviLayer(CacheLayerMixin):
         self.workspaces = workspaces  # of all layers, by device and layout
         self.pages: Pages | None = None
         self.is_waiting = False  # there are keys that attention "kivi" has yet to store
+        self._was_attended: bool | None = None  # what is stored came by attention "kivi"; None: nothing is
         del self.keys, self.values  # so that whoever reads them is told
 
     def __getattr__(self, name: str) -> Any:
@@ -167,8 +168,8 @@ class KiviLayer(CacheLayerMixin):
             values that the step attends to, dequantized: [B, H, tokens, D].
 
         Raises:
-            ValueError: gradients, another batch size, another model's shapes or dtype, a full cache, or attention that
-                did not store what it got.
+            ValueError: gradients, another batch size, another model's shapes or dtype, a full cache, attention that
+                did not store what it got, or that changed.
         """
         if self.is_waiting:
             raise ValueError(
@@ -194,11 +195,28 @@ class KiviLayer(CacheLayerMixin):
                 f"kivi: a batch of {len(key_states)} rows does not fit this cache of {self.batch_size}; make a new "
                 "cache, or use batch_repeat_interleave or batch_select_indices"
             )
+        if self._was_attended != self._is_attended:
+            self._change_attention()
         if not self._is_attended:
             return self._append(key_states, value_states)
         self.is_waiting = True
         setattr(key_states, LAYER, self)
         return key_states, value_states
+
+    @torch.compiler.disable
+    def _change_attention(self) -> None:
+        """Waits for the device if attention "kivi" gives way to another.
+
+        Raises:
+            ValueError: there is padding that one of them would not see as the other left it, or may be.
+        """
+        assert self.pages is not None
+        if self._was_attended is not None and (not self._was_attended or self.pages.has_padding):
+            raise ValueError(
+                'kivi: the attention has changed; "kivi" leaves padding out and any other stores it, so keep to one of '
+                "them, or reset() the cache"
+            )
+        self._was_attended = self._is_attended
 
     @torch.compiler.disable
     def _append(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
@@ -250,7 +268,7 @@ class KiviLayer(CacheLayerMixin):
         return self.max_cache_len or -1
 
     def reset(self) -> None:
-        self.is_waiting = False
+        self.is_waiting, self._was_attended = False, None
         if self.pages:
             self.pages.reset()
 
@@ -291,11 +309,12 @@ class KiviLayer(CacheLayerMixin):
             return None
         fmt = self.pages.fmt
         shape = {"head_dim": fmt.head_dim, "num_kv_heads": fmt.num_kv_heads, "dtype": fmt.dtype}
-        return {"shape": shape, "pages": self.pages.state()}
+        return {"shape": shape, "was_attended": self._was_attended, "pages": self.pages.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
         fmt = self.make_format(**state["shape"])
         self.pages = Pages.restored(fmt, state["pages"], self._workspace(fmt, state["pages"]["memory"].device))
+        self._was_attended = state["was_attended"]
         self.is_initialized = True
 
 

@@ -108,6 +108,11 @@ class Pages:
         return self._count
 
     @property
+    def has_padding(self) -> bool:
+        """Whether rows were stored without padding that they have; waits for the device."""
+        return bool((self.seq_lens != self.lengths[-1]).any())
+
+    @property
     def num_bytes(self) -> int:
         """Memory of the pages and what belongs to them."""
         tensors = self.memory, self.quantized_table, self.full_table, self.starts, self.lengths, self.longest

@@ -441,6 +441,10 @@ def test_weights_are_those_of_the_files(model):
         ({"model_type": "resnet"}, [], "resnet: num_hidden_layers is None"),
         ({"model_type": "rwkv"}, [], "rwkv: num_attention_heads is None"),
         ({"model_type": "mamba2"}, [], "no attention layers"),
+        ({"model_type": "bert"}, [], "bert: an encoder, so there is no KV cache"),
+        ({"model_type": "modernbert"}, [], "modernbert: an encoder"),
+        ({"model_type": "clip"}, [], "clip: an encoder"),
+        ({"model_type": "vit"}, [], "vit: an encoder"),
     ],
 )
 def test_errors_say_what_to_change(model, capsys, config, args, words):

@@ -78,6 +78,24 @@ def _number(config: Any, name: str) -> int:
     return value
 
 
+def _check_decoder(config: Any, text: Any) -> None:
+    """Raises EvalError for a model that generates no text, which has no KV cache in vLLM: BERT, CLIP, ViT."""
+    from transformers.models.auto import modeling_auto as auto
+
+    types = {config.model_type, text.model_type}
+    generate = (
+        auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    )
+    # Of models that fill in masks or generate, their config.json says which. GPT-NeoX has that entry too.
+    masked = not types.isdisjoint(auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES)
+    encoder = masked and not getattr(text, "is_decoder", True) and not getattr(config, "is_encoder_decoder", False)
+    if encoder or not any(types & names.keys() for names in generate):
+        raise EvalError(f"{config.model_type}: an encoder, so there is no KV cache of a language model to plan")
+
+
 def _num_kv_heads(text: Any) -> int:
     """KV heads of a layer, under the names that vLLM knows."""
     if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
@@ -115,6 +133,7 @@ def read_shapes(config: Any, dtype: str) -> Shapes:
     if dtype not in DTYPE_BYTES:
         raise EvalError(f"--dtype {dtype} is not supported; accepted: auto, {', '.join(DTYPE_BYTES)}")
     num_layers = _number(config, "num_hidden_layers")
+    _check_decoder(config, text)
     window = getattr(text, "sliding_window", None) or None
     types = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None)
     if not types:

@@ -431,6 +431,11 @@ def test_weights_are_those_of_the_files(model):
         (TINY, ["--pipeline-parallel-size", "3"], "2 layers only"),
         (TINY, ["--additional-config", '{"group_size": 64}'], "would have no effect"),
         (TINY, ["--tensor-parallel-size", "3"], "does not divide 4 attention heads"),
+        (
+            TINY | {"num_attention_heads": 12, "hidden_size": 768, "num_key_value_heads": 6},
+            ["--tensor-parallel-size", "4"],
+            "neither divides 6 KV heads nor is a multiple",
+        ),
         (TINY | {"layer_types": ["full_attention", "chunked_attention"], "model_type": "llama4_text"}, [], "chunked"),
         (TINY | {"model_type": "gpt_oss", "head_dim": 64}, [], "learned attention sinks"),
         ({"model_type": "falcon"}, [], "get no cache dtype"),

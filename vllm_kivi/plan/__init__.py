@@ -78,10 +78,14 @@ def run(settings: Settings) -> dict[str, Any]:
     _refuse(shapes, [candidate.dtype for candidate in chosen if candidate.dtype in PRESETS])
     if shapes.num_layers < settings.pipeline_parallel_size:
         raise EvalError(f"--pipeline-parallel-size {settings.pipeline_parallel_size}: {shapes.num_layers} layers only")
-    num_heads = config.get_text_config().num_attention_heads
-    if num_heads % settings.tensor_parallel_size:
+    size, num_heads = settings.tensor_parallel_size, config.get_text_config().num_attention_heads
+    if num_heads % size:
         raise EvalError(
-            f"--tensor-parallel-size {settings.tensor_parallel_size} does not divide {num_heads} attention heads, "
+            f"--tensor-parallel-size {size} does not divide {num_heads} attention heads, which vLLM refuses"
+        )
+    if shapes.num_kv_heads % size and size % shapes.num_kv_heads:
+        raise EvalError(
+            f"--tensor-parallel-size {size} neither divides {shapes.num_kv_heads} KV heads nor is a multiple of them, "
             "which vLLM refuses"
         )
     pools = [pool(shapes, candidate, settings) for candidate in chosen]

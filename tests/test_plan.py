@@ -235,6 +235,49 @@ def test_where_all_layers_slide_only_the_models_own_cache_is_planned(model):
     assert auto["bytes_per_token"] == 0
 
 
+@pytest.mark.parametrize(
+    ("config", "context", "positions"),
+    [
+        (TINY | {"max_position_embeddings": 4096}, 4096, None),
+        (TINY | {"max_position_embeddings": 4096}, 4097, "4,096"),
+        (TINY | {"max_position_embeddings": 4096, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}, 8192, None),
+        (
+            TINY | {"max_position_embeddings": 4096, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+            8193,
+            "8,192",
+        ),
+        (
+            TINY
+            | {
+                "max_position_embeddings": 4096,
+                "rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 2048},
+            },
+            4097,
+            "4,096",
+        ),
+        ({"model_type": "gpt2", "n_positions": 1024}, 1025, "1,024"),
+        ({"model_type": "bloom", "n_head": 1}, 1 << 20, None),
+    ],
+)
+def test_a_context_beyond_the_models_positions_is_said(model, config, context, positions):
+    """With vLLM's own arithmetic."""
+    from vllm.config.model import _get_and_verify_max_len
+    from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
+
+    folder = model(config)
+    text = read_config(folder)[0].get_text_config()
+    own = ModelArchConfigConvertorBase(text, text).derive_max_model_len_and_key()
+    arch = SimpleNamespace(derived_max_model_len_and_key=own)
+    notes = " ".join(run(folder, "auto", context=context)["notes"])
+    assert ("positions" in notes) == (positions is not None)
+    if positions is None:
+        assert _get_and_verify_max_len(text, arch, None, context, False, None) == context
+    else:
+        assert f"The model has {positions} positions" in notes
+        with pytest.raises(ValueError, match="greater than the derived max_model_len"):
+            _get_and_verify_max_len(text, arch, None, context, False, None)
+
+
 def test_states_are_not_counted_and_that_is_said(model):
     config = {
         "model_type": "jamba",

@@ -14,7 +14,7 @@ from vllm_kivi import __version__
 from vllm_kivi.evaluate.report import markdown
 from vllm_kivi.evaluate.session import Candidate, EvalError
 from vllm_kivi.format import PRESETS
-from vllm_kivi.plan.model import Shapes, read_config, read_shapes, weights_bytes
+from vllm_kivi.plan.model import Shapes, max_positions, read_config, read_shapes, weights_bytes
 from vllm_kivi.plan.pages import Pool, check_shapes, pool
 from vllm_kivi.plan.settings import BASELINE, Settings
 
@@ -49,6 +49,12 @@ def _notes(shapes: Shapes, settings: Settings, config: Any, memory: dict[str, An
     if gpus > 1:
         stage = ", of the pipeline stage with most layers" if settings.pipeline_parallel_size > 1 else ""
         notes.append(f"Bytes are of one GPU of {gpus}{stage}; weights are taken to be split evenly.")
+    positions = max_positions(config)
+    if settings.context > positions:
+        notes.append(
+            f"The model has {positions:,.0f} positions: vLLM refuses the --max-model-len that requests of "
+            f"{settings.context:,} tokens need (--context)."
+        )
     if "parameters" in memory["weights_from"] and getattr(config, "quantization_config", None):
         notes.append("The model has quantized weights, which are smaller than counted: pass --weights-gib.")
     if shapes.sliding:

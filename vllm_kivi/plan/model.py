@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,18 @@ def read_shapes(config: Any, dtype: str) -> Shapes:
         encoder_decoder=any(getattr(own, "is_encoder_decoder", False) for own in (config, text)),
         refused=_refused(config, text),
     )
+
+
+def max_positions(config: Any) -> float:
+    """The longest --max-model-len that vLLM takes without more ado; infinite if the configuration has no limit."""
+    text = config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None) or math.inf
+    rope = getattr(text, "rope_parameters", None) or {}
+    if "gemma3" in config.model_type:  # its positions are scaled already, as are those of the types below
+        rope = {}
+    own = [rope] if "rope_type" in rope else [entry for entry in rope.values() if isinstance(entry, dict)]
+    factors = [entry.get("factor") or 1.0 for entry in own if entry.get("rope_type") in ("linear", "dynamic")]
+    return positions * (factors[-1] if factors else 1.0)
 
 
 def weights_bytes(config: Any, folder: Path, dtype: str) -> tuple[int, str]:

@@ -99,6 +99,13 @@ def test_bad_block_size(tmp_path, block_size):
         start(tmp_path, LLAMA, block_size=block_size)
 
 
+@pytest.mark.parametrize("entry", ["1", "-1", "00", "model.layers.0.self_attn.attn"])
+def test_a_skipped_layer_that_is_none(tmp_path, entry):
+    """vLLM leaves no layer out for it."""
+    with pytest.raises(ValueError, match=rf"skip-layers {entry} names no layer .* accepted: 0 to 0, sliding_window"):
+        start(tmp_path, LLAMA, kv_cache_dtype_skip_layers=["0", entry])
+
+
 def test_bad_head_size(tmp_path):
     with pytest.raises(ValueError, match="head size 48; accepted: 64, 80, 96, 128, 256"):
         start(tmp_path, LLAMA | {"head_dim": 48})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import replace
 from math import ceil
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -255,6 +256,7 @@ def check_config(vllm_config: VllmConfig) -> None:
         page_tokens=cache_config.block_size if cache_config.user_specified_block_size else 0,
     )
     cache_config.block_size = fmt.page_tokens
+    _check_skip_layers(cache_config.kv_cache_dtype_skip_layers, model_config.get_total_num_hidden_layers())
     if sliding == "some" and "sliding_window" not in cache_config.kv_cache_dtype_skip_layers:
         cache_config.kv_cache_dtype_skip_layers = [*cache_config.kv_cache_dtype_skip_layers, "sliding_window"]
         logger.info("kivi: sliding-window layers keep their full-precision cache: they hold few tokens")
@@ -271,6 +273,16 @@ def check_config(vllm_config: VllmConfig) -> None:
     from vllm_kivi.backend import metrics  # imports vLLM's stat loggers, which not every process needs
 
     metrics.add_stat_logger()
+
+
+def _check_skip_layers(skipped: Sequence[str], num_layers: int) -> None:
+    """Raises ValueError for what vLLM would pass over in silence: the layer meant would be quantized."""
+    for entry in skipped:
+        if entry != "sliding_window" and entry not in map(str, range(num_layers)):
+            raise ValueError(
+                f"kivi: --kv-cache-dtype-skip-layers {entry} names no layer of this model; accepted: 0 to "
+                f"{num_layers - 1}, sliding_window"
+            )
 
 
 def _check_connector(flag: str, vllm_config: VllmConfig) -> None:

@@ -551,6 +551,7 @@ def test_boundary(residual_length, group_size, expected):
         ({"page_tokens": 32, "group_size": 64}, "block size 32 .*multiple of group_size=64"),
         ({"page_tokens": -32}, "block size -32"),
         ({"padded_page_bytes": 1535}, "1535 bytes cannot hold 1536 bytes"),
+        ({"num_kv_heads": 0}, "num_kv_heads=0 must be 1 or more"),
         ({"residual_length": -1}, "residual_length=-1 must be 0 to 2147483647"),
         ({"sink_tokens": -1}, "sink_tokens=-1 must be 0 to 2147483647"),
         ({"residual_length": 1 << 31}, "residual_length=2147483648 must be 0 to 2147483647"),

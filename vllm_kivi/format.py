@@ -222,6 +222,8 @@ class KVFormat:
             object.__setattr__(self, "padded_page_bytes", self.page_bytes)
         if self.padded_page_bytes < self.page_bytes:
             raise ValueError(f"kivi: a page of {self.padded_page_bytes} bytes cannot hold {self.page_bytes} bytes")
+        if self.num_kv_heads < 1:
+            raise ValueError(f"kivi: num_kv_heads={self.num_kv_heads} must be 1 or more")
         for name in ("residual_length", "sink_tokens"):
             if not 0 <= getattr(self, name) <= MAX_TOKENS:
                 raise ValueError(f"kivi: {name}={getattr(self, name)} must be 0 to {MAX_TOKENS}")

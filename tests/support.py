@@ -290,6 +290,12 @@ ROWS = {
             IN_TRANSFORMERS,
         ),
         Row(
+            "Encoder-decoder models, vision towers",
+            ("test_transformers.py::test_attention_that_is_not_causal",),
+            note="`EncoderDecoderCache(KiviCache(model.config), DynamicCache())`",
+        ),
+        Row("`torch.autocast`", ("test_transformers.py::test_autocast",)),
+        Row(
             "Assisted decoding",
             (
                 "test_transformers.py::test_crop_within_max_crop_is_exact",

@@ -941,7 +941,7 @@ def test_compiled_masks_are_checked():
         if accepted:
             assert torch.equal(compiled(2, 4, 4, attention_mask=mask), mask[:, None, None])
         else:
-            with pytest.raises(RuntimeError, match="padding between tokens of a row"):
+            with pytest.raises(RuntimeError, match="padding between new tokens of a row"):
                 compiled(2, 4, 4, attention_mask=mask)
 
 
@@ -974,7 +974,7 @@ print(cache.get_seq_length().item())
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("padding", "padding between tokens of a row"),
+        ("padding", "padding between new tokens of a row"),
         ("overflow", "the tokens do not fit a cache of max_cache_len=8"),
     ],
 )
@@ -1046,7 +1046,7 @@ def test_refused_steps(llama):
         run(llama, cache, ids(1, rows=2), [1])
     mask = torch.ones(1, 30, dtype=torch.long)
     mask[0, 25] = 0
-    with pytest.raises(ValueError, match="padding between tokens of a row"):
+    with pytest.raises(ValueError, match="padding between new tokens of a row"):
         llama(ids(10), past_key_values=cache, attention_mask=mask)
     run(llama, cache, ids(1), [1])  # nothing has happened to the cache
     cache.update(*torch.zeros(2, 1, 2, 1, 64), 0)

@@ -71,7 +71,10 @@ def kivi_mask(
     if known and real.all():
         return None
     if q_length > 1:
-        message = "kivi: attention_mask has padding between tokens of a row; pad at the left or at the right"
+        message = (
+            "kivi: attention_mask has padding between new tokens of a row; pad at the left or at the right, or, where "
+            'the last token of an answer comes before it, use attn_implementation="sdpa" from the first step on'
+        )
         contiguous = _is_contiguous(real)
         if not known:
             torch._assert_async(contiguous, message)

@@ -79,6 +79,17 @@ def test_one_graph_serves_all_steps(model, masked):
     assert graphs[0] == graphs[1] <= 4
 
 
+def test_a_cache_that_was_reset_begins_in_a_graph(path_of_llama):
+    """Without a prompt before it."""
+    model = load(path_of_llama)
+    model.set_attn_implementation("kivi")
+    said = ids(40, 6, 2)
+    cache = KiviCache(model.config, max_cache_len=LENGTH, **SMALL)
+    wanted = run(model, cache, said, [1] * 40)
+    cache.reset()
+    assert torch.equal(run(Compiled(model, "aot_eager"), cache, said, [1] * 40), wanted)
+
+
 def test_inductor_keeps_pages_in_place(path_of_llama):
     """The op writes to the cache's own memory: a copy of it would cost more than the step."""
     from torch._inductor.utils import run_and_get_code

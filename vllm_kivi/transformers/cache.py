@@ -195,7 +195,9 @@ class KiviLayer(CacheLayerMixin):
                 f"kivi: a batch of {len(key_states)} rows does not fit this cache of {self.batch_size}; make a new "
                 "cache, or use batch_repeat_interleave or batch_select_indices"
             )
-        if self._was_attended != self._is_attended:
+        if self._was_attended is None:
+            self._was_attended = self._is_attended
+        elif self._was_attended != self._is_attended:
             self._change_attention()
         if not self._is_attended:
             return self._append(key_states, value_states)
@@ -211,7 +213,7 @@ class KiviLayer(CacheLayerMixin):
             ValueError: there is padding that one of them would not see as the other left it, or may be.
         """
         assert self.pages is not None
-        if self._was_attended is not None and (not self._was_attended or self.pages.has_padding):
+        if not self._was_attended or self.pages.has_padding:
             raise ValueError(
                 'kivi: the attention has changed; "kivi" leaves padding out and any other stores it, so keep to one of '
                 "them, or reset() the cache"
